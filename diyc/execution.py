@@ -1,0 +1,421 @@
+"""One run from admission to result: take what it needs, start it, watch it, give everything back.
+
+A chain of callbacks on the event loop: start -> launched -> (output, timers) -> exited -> finished. What is
+taken is put on an ExitStack as it is taken and given back in reverse, whichever step failed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from diyc import process
+from diyc.cgroups import Cgroups, RunCgroup
+from diyc.errors import DiycError, SetupError
+from diyc.images.store import RootTree
+from diyc.jobs import JobSpec, Run
+from diyc.plan import Bind, Box, Plan, User, build_plan
+from diyc.process import Exit, Launch, Launcher, Started
+from diyc.results import CgroupFigures, Ending, Result, Verdict, classify
+from diyc.slots import Slot, Slots
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+OOM_SCORE_ADJ = 500
+SETUP_TIMEOUT = 30.0
+READ_SIZE = 65536
+READS_PER_WAKE = 8  # then others have their turn
+
+Sink = Callable[[str, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What executions share: the supervisor's kernel-facing parts."""
+
+    loop: asyncio.AbstractEventLoop
+    launcher: Launcher
+    cgroups: Cgroups
+    slots: Slots
+    bury: Callable[[RunCgroup], None]
+    log_dir: str
+
+
+class Prepared:
+    """What all runs of a job share: its image, its user, and its plan (built once for each host name)."""
+
+    def __init__(self, spec: JobSpec, tree: RootTree, user: User, capabilities: int, cgroups: Cgroups) -> None:
+        self.spec = spec
+        self.tree = tree
+        self.user = user
+        self._capabilities = capabilities
+        self._into_cgroup = cgroups.layout != "v1"
+        binds = [Bind(source, target, True, os.path.isdir(source)) for source, target in tree.binds]
+        for mount in spec.mounts:
+            if mount.type == "bind" and mount.source is not None:
+                binds.append(Bind(mount.source, mount.target, mount.read_only, os.path.isdir(mount.source)))
+        self.binds = tuple(binds)
+        self._plans: dict[tuple[str, int], Plan] = {}
+
+    def hostname(self, run: Run) -> str:
+        """The run's host name; by default the job's name with what a host name cannot hold replaced."""
+        if self.spec.hostname is not None:
+            return run.expand(self.spec.hostname)
+        return "".join(c if c.isalnum() else "-" for c in self.spec.name).strip("-")[:63] or "job"
+
+    def plan(self, hostname: str, joins: int) -> Plan:
+        """The steps for a run with this host name that enters so many v1 cgroups itself."""
+        key = (hostname, joins)
+        if key not in self._plans:
+            if len(self._plans) >= 64:
+                self._plans.clear()
+            box = Box(hostname, self.user, self.binds, joins, self._into_cgroup, self._capabilities)
+            self._plans[key] = build_plan(self.spec, box)
+        return self._plans[key]
+
+    def environment(self, run: Run, hostname: str) -> dict[str, str]:
+        """PATH, HOME, HOSTNAME and DIYC_*, then the job's own."""
+        return {
+            "PATH": DEFAULT_PATH,
+            "HOME": self.user.home,
+            "HOSTNAME": hostname,
+            "DIYC_JOB": self.spec.name,
+            "DIYC_INDEX": str(run.index),
+            "DIYC_RUN_ID": run.run_id,
+            "DIYC_ATTEMPT": str(run.attempt),
+            **{key: run.expand(value) for key, value in self.spec.env},
+        }
+
+
+def candidates(command: str, path: str) -> list[str]:
+    """The paths that execve tries in turn for a command, as execvp(3) does."""
+    if "/" in command:
+        return [command]
+    return [f"{directory or '.'}/{command}" for directory in path.split(":")]
+
+
+class Capture:
+    """One output stream: kept up to `limit` bytes, or handed to `sink` as it comes."""
+
+    def __init__(self, name: str, fd: int, limit: int, sink: Sink | None) -> None:
+        self.name = name
+        self.fd = fd
+        self.data = bytearray()
+        self.truncated = False
+        self.ended = False
+        self._limit = limit
+        self._sink = sink
+
+    def read(self) -> bool:
+        """Read some of what is there; False when there is no more for now or for ever."""
+        for _ in range(READS_PER_WAKE):
+            try:
+                chunk = os.read(self.fd, READ_SIZE)
+            except BlockingIOError:
+                return False
+            if not chunk:
+                self.ended = True
+                return False
+            self._keep(chunk)
+        return True
+
+    def _keep(self, chunk: bytes) -> None:
+        if self._sink is not None:
+            self._sink(self.name, chunk)
+            return
+        room = self._limit - len(self.data)
+        self.data += chunk[:room]
+        self.truncated |= len(chunk) > room
+
+
+class Execution:
+    """One run. `on_end` is called once with the result, after everything was given back."""
+
+    def __init__(
+        self,
+        services: Services,
+        prepared: Prepared,
+        run: Run,
+        queued_at: float,
+        on_end: Callable[[Execution, Result], None],
+        sink: Sink | None = None,
+        stdin: int | None = None,
+    ) -> None:
+        self.run = run
+        self.prepared = prepared
+        self.started_at: float | None = None
+        self._services = services
+        self._queued_at = queued_at
+        self._on_end = on_end
+        self._sink = sink
+        self._stdin = stdin
+        self._held = ExitStack()
+        self._until_started = ExitStack()
+        self._captures: list[Capture] = []
+        self._timers: list[asyncio.TimerHandle] = []
+        self._cgroup: RunCgroup | None = None
+        self._token: int | None = None
+        self._started: Started | None = None
+        self._stopped_for: str | None = None
+        self._exit: Exit | None = None
+        self._error: Exception | None = None
+        self._begun = 0.0
+        self._cgroup_s = 0.0
+        self._exec_at: float | None = None
+
+    # -- start ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take a slot and cgroups, prepare mounts and pipes, and queue the run with the spawner threads."""
+        self._begun = time.monotonic()
+        try:
+            self._launch()
+        except (DiycError, OSError, ValueError) as error:
+            self._error = error
+            self._services.loop.call_soon(self._finish)
+
+    def _launch(self) -> None:
+        services, run = self._services, self.run
+        slot = services.slots.take()
+        self._held.callback(services.slots.give, slot)
+        cgroup = services.cgroups.create(run.run_id, run.spec.limits)
+        self._cgroup = cgroup
+        self._held.callback(services.bury, cgroup)
+        self._cgroup_s = time.monotonic() - self._begun
+        self._until_started.callback(cgroup.close_join_fds)
+        hostname = self.prepared.hostname(run)
+        env = self.prepared.environment(run, hostname)
+        argv = [run.expand(word) for word in run.spec.argv]
+        launch = Launch(
+            plan=self.prepared.plan(hostname, len(cgroup.join_fds)),
+            descriptors=self._descriptors(slot, cgroup),
+            argv=argv,
+            env=[f"{key}={value}" for key, value in env.items()],
+            paths=candidates(argv[0], env["PATH"]),
+            id_map=slot.id_map,
+            oom_score_adj=OOM_SCORE_ADJ,
+            cgroup_fd=cgroup.into_fd,
+        )
+        self._token = services.launcher.start(launch, self._launched)
+        self._timers.append(services.loop.call_later(SETUP_TIMEOUT, self._setup_timeout))
+
+    def _descriptors(self, slot: Slot, cgroup: RunCgroup) -> dict[str, int]:
+        fds = {f"tasks{i}": fd for i, fd in enumerate(cgroup.join_fds)}
+        fds["layer"] = self._tree(self.prepared.tree.path, slot, read_only=False)
+        for i, bind in enumerate(self.prepared.binds):
+            fds[f"bind{i}"] = self._tree(bind.source, slot, read_only=bind.read_only)
+        fds["stdin"] = self._open_stdin() if self._stdin is None else self._stdin
+        fds["stdout"] = self._pipe("stdout")
+        fds["stderr"] = self._pipe("stderr")
+        return fds
+
+    def _tree(self, path: str, slot: Slot, *, read_only: bool) -> int:
+        try:
+            fd = process.mount_tree(path, userns=slot.userns, read_only=read_only)
+        except OSError as error:
+            what, reason = error.args[1], os.strerror(error.args[0])
+            raise DiycError(f"cannot prepare the mount of {path}: {what}: {reason}") from error
+        self._until_started.callback(os.close, fd)
+        return fd
+
+    def _open_stdin(self) -> int:
+        """Only what can be read and nothing that leads elsewhere: a directory's descriptor would open the host."""
+        path = self.run.spec.stdin or os.devnull
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        self._until_started.callback(os.close, fd)
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or path == os.devnull):
+            raise DiycError(f"stdin {path} is neither a file nor a FIFO")
+        os.set_blocking(fd, True)
+        return fd
+
+    def _pipe(self, name: str) -> int:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        self._held.callback(os.close, read_end)
+        self._until_started.callback(os.close, write_end)
+        os.set_blocking(read_end, False)
+        capture = Capture(name, read_end, self.run.spec.limits.output, self._sink)
+        self._captures.append(capture)
+        return write_end
+
+    # -- while it runs ---------------------------------------------------------------------------------------
+
+    def _launched(self, report: Started | SetupError) -> None:
+        self._until_started.close()
+        self._cancel_timers()
+        if isinstance(report, SetupError):
+            self._error = self._error or report
+            self._finish()
+            return
+        self._started = report
+        self._held.callback(os.close, report.pidfd)
+        self._exec_at = time.monotonic()
+        self.started_at = time.time()
+        loop = self._services.loop
+        for capture in self._captures:
+            loop.add_reader(capture.fd, self._output, capture)
+        loop.add_reader(report.pidfd, self._exited)
+        if self._stopped_for is not None:
+            self.kill()
+        elif self.run.spec.timeout is not None:
+            self._timers.append(loop.call_later(self.run.spec.timeout, self.stop, "timeout"))
+
+    def _output(self, capture: Capture) -> None:
+        capture.read()
+        if capture.ended:
+            self._services.loop.remove_reader(capture.fd)
+        if capture.truncated:
+            self.stop("output_limit")
+
+    def stop(self, reason: str) -> None:
+        """End the run: stop_signal, then KILL after stop_timeout; KILL at once where the signal would be lost."""
+        if self._stopped_for is not None or self._exit is not None:
+            return
+        self._stopped_for = reason
+        spec = self.run.spec
+        if self._started is None or reason == "output_limit" or not process.heeds_signal(self._started.pid, spec.stop_signal):
+            self.kill()
+            return
+        process.send_signal(self._started.pidfd, spec.stop_signal)
+        self._timers.append(self._services.loop.call_later(spec.stop_timeout, self.kill))
+
+    def kill(self) -> None:
+        """SIGKILL: PID 1's death takes its whole PID namespace along (pid_namespaces(7))."""
+        if self._started is not None and self._exit is None:
+            process.send_signal(self._started.pidfd, 9)
+        elif self._token is not None:
+            self._services.launcher.kill(self._token)
+
+    def _setup_timeout(self) -> None:
+        """A set-up that hangs (a dead network file system, say) must not hold its slot for ever."""
+        if self._token is not None and self._services.launcher.kill(self._token):
+            self._error = DiycError(f"set-up took longer than {SETUP_TIMEOUT:g} s")
+        self._timers.append(self._services.loop.call_later(SETUP_TIMEOUT, self._setup_timeout))
+
+    def figures(self) -> CgroupFigures:
+        """The run's counters now, for a scrape."""
+        return self._cgroup.figures() if self._cgroup is not None else CgroupFigures()
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _exited(self) -> None:
+        """PID 1 was reaped by nobody yet, but the kernel ends it last: its whole PID namespace is dead by now."""
+        assert self._started is not None
+        self._services.loop.remove_reader(self._started.pidfd)
+        self._exit = process.reap(self._started.pidfd)
+        for capture in self._captures:
+            self._services.loop.remove_reader(capture.fd)
+            while capture.read():
+                pass
+        self._finish()
+
+    def _cancel_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    def _finish(self) -> None:
+        exited_at = time.monotonic()
+        self._cancel_timers()
+        self._until_started.close()
+        figures = self._final_figures()
+        stopped_for = self._stopped_for
+        if stopped_for is None and any(capture.truncated for capture in self._captures):
+            stopped_for = "output_limit"
+        result = self._result(figures, stopped_for, exited_at)
+        try:
+            self._store_output(result)
+        except OSError as error:  # a full disk, say: the run is over, its record must not be lost with it
+            result.verdict, result.reason = Verdict.INFRA, f"cannot store its output: {error}"
+            result.error = _error_record(error)
+        self._held.close()
+        result.steps_s["teardown"] = round(time.monotonic() - exited_at, 7)
+        self._on_end(self, result)
+
+    def _final_figures(self) -> CgroupFigures:
+        try:
+            return self.figures()
+        except DiycError as error:
+            self._error = self._error or error
+            return CgroupFigures()
+
+    def _result(self, figures: CgroupFigures, stopped_for: str | None, exited_at: float) -> Result:
+        spec, exit_ = self.run.spec, self._exit
+        flooded = next((capture.name for capture in self._captures if capture.truncated), None)
+        verdict, reason = classify(
+            Ending(
+                exit_code=exit_.code if exit_ else None,
+                signal=exit_.signal if exit_ else None,
+                stopped_for=stopped_for,
+                setup_error=None if self._error is None else str(self._error),
+                oom_kills=figures.oom_kills,
+                memory_limit_hits=figures.memory_limit_hits,
+                memory_limit=spec.limits.memory,
+                timeout=spec.timeout,
+                output_limit=spec.limits.output,
+                output_stream=flooded,
+            )
+        )
+        return Result(
+            run_id=self.run.run_id,
+            job=spec.name,
+            index=self.run.index,
+            attempt=self.run.attempt,
+            verdict=verdict,
+            reason=reason,
+            exit_code=exit_.code if exit_ else None,
+            signal=exit_.signal if exit_ else None,
+            queued_s=round(self._begun - self._queued_at, 6),
+            setup_s=None if self._exec_at is None else round(self._exec_at - self._begun, 6),
+            wall_s=None if self._exec_at is None else round(exited_at - self._exec_at, 6),
+            cpu_user_s=figures.cpu_user_s,
+            cpu_system_s=figures.cpu_system_s,
+            memory_peak_bytes=figures.memory_peak_bytes,
+            pids_peak=figures.pids_peak,
+            oom_kills=figures.oom_kills,
+            pids_limit_hits=figures.pids_limit_hits,
+            throttled_s=figures.throttled_s,
+            io_read_bytes=figures.io_read_bytes,
+            io_write_bytes=figures.io_write_bytes,
+            pressure_s=figures.pressure_s,
+            started_at=self.started_at,
+            finished_at=time.time(),
+            steps_s=self._steps(),
+            labels=dict(spec.labels),
+            error=_error_record(self._error),
+        )
+
+    def _steps(self) -> dict[str, float]:
+        steps = {"queue": round(self._begun - self._queued_at, 7), **(self._started.steps_s if self._started else {})}
+        steps["cgroup"] = round(steps.get("cgroup", 0.0) + self._cgroup_s, 7)
+        return steps
+
+    def _store_output(self, result: Result) -> None:
+        """The first limits.inline bytes go into the record, the whole stream into a file if it is longer."""
+        inline = self.run.spec.limits.inline
+        for capture in self._captures:
+            setattr(result, capture.name, bytes(capture.data[:inline]))
+            setattr(result, f"{capture.name}_truncated", capture.truncated)
+            if len(capture.data) > inline:
+                path = os.path.join(self._services.log_dir, f"{self.run.run_id}.{capture.name}")
+                with open(path, "xb") as log:
+                    log.write(capture.data)
+                setattr(result, f"{capture.name}_path", path)
+
+
+def _error_record(error: Exception | None) -> dict[str, object] | None:
+    if error is None:
+        return None
+    if isinstance(error, SetupError):
+        return {
+            "step": error.step,
+            "index": error.index,
+            "errno": error.errno,
+            "target": error.target,
+            "message": str(error),
+        }
+    return {"step": None, "index": None, "errno": getattr(error, "errno", None), "target": None, "message": str(error)}
+

@@ -1,0 +1,449 @@
+"""A container as data: the ordered steps that the child takes between clone and execve.
+
+Pure: a job, the shape of its root and the host's facts go in, a frozen Plan comes out. `diyc explain` prints
+it, process.py hands it to the C core, and csrc/child.c has one small function for each kind of step."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from diyc.jobs import JobSpec
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+CLONE_FLAGS = {
+    "CLONE_NEWUSER": CLONE_NEWUSER,
+    "CLONE_NEWNS": CLONE_NEWNS,
+    "CLONE_NEWPID": CLONE_NEWPID,
+    "CLONE_NEWUTS": CLONE_NEWUTS,
+    "CLONE_NEWIPC": CLONE_NEWIPC,
+    "CLONE_NEWNET": CLONE_NEWNET,
+}
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x1, 0x2, 0x4, 0x8, 0x4000, 0x40000
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
+OPEN_TREE_CLONE, O_CLOEXEC = 0x1, 0o2000000
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x2, 0x4
+RLIMIT_CORE, RLIMIT_NOFILE = 4, 7
+SIGKILL = 9
+RLIM_INFINITY = 2**64 - 1
+SHM_SIZE = 64 * 1024**2
+SUPERVISOR_FD = 3
+
+# Positions in the marks that the child takes; the differences are a result's steps_s.
+MARK_CLONED, MARK_JOINED, MARK_MOUNTED, MARK_EXEC = range(4)
+
+
+class StepDoc(NamedTuple):
+    """How a kind of step is shown: its system call with the step's fields, and where that is described."""
+
+    call: str
+    source: str
+
+
+STEP_DOCS: dict[str, StepDoc] = {
+    "mark": StepDoc("clock_gettime(CLOCK_MONOTONIC)", "clock_gettime(2)"),
+    "await_parent": StepDoc("futex(parent_ready, FUTEX_WAIT)", "user_namespaces(7)"),
+    "pdeathsig": StepDoc("prctl(PR_SET_PDEATHSIG, {flags})", "PR_SET_PDEATHSIG(2const)"),
+    "cgroup_join": StepDoc('write({fd}, "0")', "cgroups(7)"),
+    "unshare": StepDoc("unshare({flags})", "cgroup_namespaces(7)"),
+    "setsid": StepDoc("setsid()", "setsid(2)"),
+    "umask": StepDoc("umask({flags})", "umask(2)"),
+    "setgroups": StepDoc("setgroups({data})", "setgroups(2)"),
+    "setresgid": StepDoc("setresgid({flags}, {flags}, {flags})", "setresgid(2)"),
+    "setresuid": StepDoc("setresuid({flags}, {flags}, {flags})", "setresuid(2)"),
+    "mkdir": StepDoc("mkdirat({target}, {flags})", "mkdir(2)"),
+    "mknod_file": StepDoc("mknodat({target}, S_IFREG)", "mknod(2)"),
+    "write_file": StepDoc("openat2({target}, O_CREAT|O_EXCL|O_NOFOLLOW) + write({data})", "openat2(2)"),
+    "symlink": StepDoc("symlinkat({source}, {target})", "symlink(2)"),
+    "mount": StepDoc("mount({source}, {target}, {type}, {flags}, {data})", "mount(2)"),
+    "open_tree": StepDoc("{out} = open_tree({source}, OPEN_TREE_CLONE)", "open_tree(2)"),
+    "fsmount": StepDoc("{out} = fsmount(fsopen({type}), {flags}) {data}", "fsopen(2), fsmount(2)"),
+    "move_mount": StepDoc("move_mount({fd}, {target})", "move_mount(2)"),
+    "mount_setattr": StepDoc("mount_setattr({target}, {flags})", "mount_setattr(2)"),
+    "pivot_root": StepDoc('chdir({target}) + pivot_root(".", ".") + umount2(".", MNT_DETACH)', "pivot_root(2)"),
+    "sethostname": StepDoc("sethostname({data})", "sethostname(2), uts_namespaces(7)"),
+    "setdomainname": StepDoc("setdomainname({data})", "setdomainname(2)"),
+    "link_up": StepDoc("ioctl(SIOCSIFFLAGS, {target}, IFF_UP)", "netdevice(7)"),
+    "dup": StepDoc("dup3({fd}, {flags})", "dup(2)"),
+    "close_from": StepDoc("close_range({flags}, ~0)", "close_range(2)"),
+    "chdir": StepDoc("chdir({target})", "chdir(2)"),
+    "rlimit": StepDoc("prlimit64({flags}, {data})", "getrlimit(2)"),
+    "bounding_set": StepDoc("prctl(PR_CAPBSET_DROP, all but {flags})", "capabilities(7)"),
+    "clear_ambient": StepDoc("prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)", "capabilities(7)"),
+    "capset": StepDoc("capset(permitted = effective = {flags}, inheritable = 0)", "capset(2)"),
+    "no_new_privs": StepDoc("prctl(PR_SET_NO_NEW_PRIVS, 1)", "PR_SET_NO_NEW_PRIVS(2const)"),
+    "signals": StepDoc("rt_sigaction(every signal, SIG_DFL) + rt_sigprocmask(none blocked)", "signal(7)"),
+    "exec": StepDoc("execve(command)", "execve(2)"),
+}
+
+_MOUNT_FLAGS = {
+    MS_RDONLY: "MS_RDONLY",
+    MS_NOSUID: "MS_NOSUID",
+    MS_NODEV: "MS_NODEV",
+    MS_NOEXEC: "MS_NOEXEC",
+    MS_REC: "MS_REC",
+    MS_PRIVATE: "MS_PRIVATE",
+}
+_ATTR_FLAGS = {
+    ATTR_RDONLY: "MOUNT_ATTR_RDONLY",
+    ATTR_NOSUID: "MOUNT_ATTR_NOSUID",
+    ATTR_NODEV: "MOUNT_ATTR_NODEV",
+    ATTR_NOEXEC: "MOUNT_ATTR_NOEXEC",
+}
+_FLAG_NAMES = {
+    "mount": _MOUNT_FLAGS,
+    "fsmount": _ATTR_FLAGS,
+    "mount_setattr": _ATTR_FLAGS,
+    "unshare": {CLONE_NEWCGROUP: "CLONE_NEWCGROUP"},
+    "pdeathsig": {SIGKILL: "SIGKILL"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step. `fd` and `out` name registers: descriptors given by the supervisor or made by the child."""
+
+    kind: str
+    why: str = ""
+    fd: str | None = None
+    out: str | None = None
+    flags: int = 0
+    source: str | None = None
+    target: str | None = None
+    type: str | None = None
+    data: bytes | None = None
+
+    def call(self) -> str:
+        """The system call as `diyc explain` shows it, with this step's arguments."""
+        return STEP_DOCS[self.kind].call.format(
+            fd=self.fd,
+            out=self.out,
+            flags=self._flags(),
+            source=_quote(self.source),
+            target=_quote(self.target),
+            type=_quote(self.type),
+            data=self._data(),
+        )
+
+    def _flags(self) -> str:
+        if self.kind in ("umask", "mkdir"):
+            return f"{self.flags:#05o}"
+        if self.kind in ("capset", "bounding_set"):
+            return f"{self.flags:#x}"
+        if self.kind == "rlimit":
+            return {RLIMIT_CORE: "RLIMIT_CORE", RLIMIT_NOFILE: "RLIMIT_NOFILE"}.get(self.flags, str(self.flags))
+        names = _FLAG_NAMES.get(self.kind)
+        if names is None:
+            return str(self.flags)
+        return "|".join(name for bit, name in names.items() if self.flags & bit) or "0"
+
+    def _data(self) -> str:
+        if self.data is None:
+            return "NULL"
+        if self.kind == "rlimit":
+            return str(struct.unpack("<2Q", self.data)[0])
+        if self.kind == "setgroups":
+            return str(list(struct.unpack(f"<{len(self.data) // 4}I", self.data)))
+        if self.kind == "fsmount":
+            words = self.data.decode().split("\0")[:-1]
+            return " ".join(f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True))
+        text = self.data.decode("utf-8", "replace")
+        return f'"{text}"' if self.kind == "mount" else repr(text)
+
+
+def _quote(text: str | None) -> str:
+    return "NULL" if text is None else f'"{text}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A mount that the supervisor prepares: where it goes, and whether its source is a directory."""
+
+    source: str
+    target: str
+    read_only: bool = False
+    directory: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who the command runs as, inside the container."""
+
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    home: str = "/root"
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What a plan needs to know beyond the job: its root, its mounts and how it enters its cgroups.
+
+    `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors."""
+
+    hostname: str
+    user: User = User()
+    binds: tuple[Bind, ...] = ()
+    joins: int = 0
+    into_cgroup: bool = False
+    capabilities: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps in the order in which the kernel sees them. `given` names the registers that the supervisor fills."""
+
+    steps: tuple[Step, ...]
+    clone_flags: int
+    given: tuple[str, ...]
+    registers: tuple[str, ...] = field(default=())
+
+    def rows(self, kinds: dict[str, int]) -> list[tuple[object, ...]]:
+        """The steps as csrc/plan.c wants them; `kinds` maps names to the C enum."""
+        number = {name: index for index, name in enumerate(self.registers)}
+        return [
+            (
+                kinds[step.kind],
+                number[step.fd] if step.fd else -1,
+                number[step.out] if step.out else -1,
+                step.flags,
+                step.source,
+                step.target,
+                step.type,
+                step.data,
+            )
+            for step in self.steps
+        ]
+
+    def clone_call(self, into_cgroup: bool) -> str:
+        """The clone3 call that makes the child."""
+        names = [name for name, bit in CLONE_FLAGS.items() if self.clone_flags & bit]
+        extra = ["CLONE_INTO_CGROUP"] if into_cgroup else []
+        return f"clone3({'|'.join(names + extra)}|CLONE_PIDFD|CLONE_VM|CLONE_VFORK)"
+
+
+def build_plan(spec: JobSpec, box: Box) -> Plan:
+    """Every step of one run of `spec`, first to last. Pure; equal arguments give equal plans."""
+    steps = (
+        *_identity(box),
+        *_root(spec),
+        *_kernel_filesystems(spec),
+        *_etc(box),
+        *_mounts(spec, box),
+        *_names(spec, box),
+        *_descriptors(),
+        *_confinement(spec, box),
+    )
+    given = (
+        "stdin",
+        "stdout",
+        "stderr",
+        "supervisor",
+        "supervisor_kept",
+        *(f"tasks{i}" for i in range(box.joins)),
+        "layer",
+        *(f"bind{i}" for i in range(len(box.binds))),
+    )
+    made = tuple(step.out for step in steps if step.out)
+    flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET
+    return Plan(steps, flags, given, given + made)
+
+
+def _identity(box: Box) -> tuple[Step, ...]:
+    joins = tuple(
+        Step("cgroup_join", "the child enters a v1 cgroup itself: moved from outside it would wait for RCU", fd=f"tasks{i}")
+        for i in range(box.joins)
+    )
+    return (
+        Step("mark", "how long clone3 took", flags=MARK_CLONED),
+        *joins,
+        Step("pdeathsig", "the job dies with the supervisor", fd="supervisor", flags=SIGKILL),
+        Step("await_parent", "the parent writes uid_map, gid_map and oom_score_adj: the child may not"),
+        Step("setsid", "a session of its own: no controlling terminal, no signal from the host's"),
+        Step("umask", "the usual default, whatever the supervisor's is", flags=0o022),
+        Step("setgroups", "none of the supervisor's groups", data=b""),
+        Step("setresgid", "group 0 of the new user namespace", flags=0),
+        Step("setresuid", "user 0 of the new user namespace: unmapped ids can create nothing", flags=0),
+        Step("unshare", "after joining, so that /proc/self/cgroup shows the job's own cgroup as /", flags=CLONE_NEWCGROUP),
+        Step("mark", "how long the cgroups took", flags=MARK_JOINED),
+    )
+
+
+def _root(spec: JobSpec) -> tuple[Step, ...]:
+    size = f"size={spec.limits.disk or 0},mode=0755"
+    why_size = "all that the job writes to its root; " + ("limits.disk" if spec.limits.disk else "no limit")
+    return (
+        Step("mount", "no mount made here shows on the host", target="/", flags=MS_REC | MS_PRIVATE),
+        Step(
+            "mount",
+            why_size,
+            source="scratch",
+            target="/scratch",
+            type="tmpfs",
+            flags=MS_NOSUID | MS_NODEV,
+            data=size.encode(),
+        ),
+        *(
+            Step("mkdir", why, target=f"/scratch/{name}", flags=0o755)
+            for name, why in (
+                ("lower", "where the image's idmapped mount goes"),
+                ("upper", "overlay keeps what is written here"),
+                ("work", "overlay prepares its renames here"),
+                ("root", "the new root"),
+            )
+        ),
+        Step("move_mount", "the image, prepared by the supervisor: its root is the job's root", fd="layer", target="/scratch/lower"),
+        Step(
+            "mount",
+            "the image below, the job's writes above; they vanish with the namespace",
+            source="overlay",
+            target="/scratch/root",
+            type="overlay",
+            flags=MS_NOSUID | MS_NODEV,
+            data=b"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work,userxattr",
+        ),
+    )
+
+
+def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
+    safe = ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC
+    shm = min(SHM_SIZE, spec.limits.memory or SHM_SIZE)
+    attach = (("proc", "only the job's own processes"), ("sys", "read-only, its own network only"), ("dev", "six harmless devices, read-only"))
+    return (
+        Step("fsmount", "made while the old /proc is in sight, as the kernel demands", out="proc", type="proc", flags=safe, data=b""),
+        Step("fsmount", "sysfs of the new network namespace", out="sys", type="sysfs", flags=safe | ATTR_RDONLY, data=b""),
+        Step("open_tree", "a clone of the /dev that the spawner prepared", out="dev", source="/dev", flags=OPEN_TREE_CLONE | O_CLOEXEC),
+        Step("pivot_root", "from here on every path is the container's; the host's are gone", target="/scratch/root"),
+        *(
+            step
+            for name, why in attach
+            for step in (
+                Step("mkdir", "the image may lack it", target=f"/{name}", flags=0o755),
+                Step("move_mount", why, fd=name, target=f"/{name}", flags=RESOLVE_NO_SYMLINKS),
+            )
+        ),
+        Step(
+            "mount",
+            "terminals of its own",
+            source="devpts",
+            target="/dev/pts",
+            type="devpts",
+            flags=MS_NOSUID | MS_NOEXEC,
+            data=b"newinstance,ptmxmode=0666,mode=0620,gid=5",
+        ),
+        Step(
+            "mount",
+            "POSIX shared memory, counted as the job's memory",
+            source="shm",
+            target="/dev/shm",
+            type="tmpfs",
+            flags=MS_NOSUID | MS_NODEV | MS_NOEXEC,
+            data=f"mode=1777,size={shm}".encode(),
+        ),
+    )
+
+
+def _etc(box: Box) -> tuple[Step, ...]:
+    name = box.hostname.split(".")[0]
+    names = box.hostname if name == box.hostname else f"{box.hostname} {name}"
+    hosts = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost\n127.0.1.1\t{names}\n"
+    files = (("hostname", f"{box.hostname}\n"), ("hosts", hosts), ("resolv.conf", "# no network, no name servers\n"))
+    return (
+        Step("mkdir", "the image may lack it", target="/etc", flags=0o755),
+        *(
+            Step("write_file", "generated, never the host's", target=f"/etc/{file}", flags=0o644, data=text.encode())
+            for file, text in files
+        ),
+    )
+
+
+def _mounts(spec: JobSpec, box: Box) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    for i, bind in enumerate(box.binds):
+        why = f"{bind.source} of the host, {'read-only' if bind.read_only else 'writable'}"
+        steps += _mount_point(bind.target, directory=bind.directory)
+        steps.append(Step("move_mount", why, fd=f"bind{i}", target=bind.target, flags=RESOLVE_NO_MAGICLINKS))
+    for mount in spec.mounts:
+        if mount.type == "tmpfs":
+            steps += _mount_point(mount.target, directory=True)
+            steps.append(_tmpfs(mount.target, mount.size, mount.read_only))
+    if not spec.writable:
+        steps.append(Step("mount_setattr", "writable = false", target="/", flags=ATTR_RDONLY))
+    return tuple(steps)
+
+
+def _tmpfs(target: str, size: int | None, read_only: bool) -> Step:
+    return Step(
+        "mount",
+        "memory of the job, gone with it",
+        source="tmpfs",
+        target=target,
+        type="tmpfs",
+        flags=MS_NOSUID | MS_NODEV | (MS_RDONLY if read_only else 0),
+        data=f"mode=1777,size={size or 0}".encode(),
+    )
+
+
+def _mount_point(target: str, *, directory: bool) -> list[Step]:
+    parts = target.strip("/").split("/")
+    parents = ["/" + "/".join(parts[:i]) for i in range(1, len(parts) + (1 if directory else 0))]
+    steps = [Step("mkdir", "a mount needs something to cover", target=path, flags=0o755) for path in parents]
+    if not directory:
+        steps.append(Step("mknod_file", "a file is mounted upon a file", target=target))
+    return steps
+
+
+def _names(spec: JobSpec, box: Box) -> tuple[Step, ...]:
+    name, _, domain = box.hostname.partition(".")
+    steps = [
+        Step("sethostname", "in its own UTS namespace", data=box.hostname.encode()),
+        Step("setdomainname", "not the host's NIS domain", data=(domain or "localdomain").encode()),
+    ]
+    if spec.network == "loopback":
+        steps.append(Step("link_up", "network.mode = loopback: 127.0.0.1 and ::1, nothing else", target="lo"))
+    return (*steps, Step("mark", "how long the root and the mounts took", flags=MARK_MOUNTED))
+
+
+def _descriptors() -> tuple[Step, ...]:
+    return (
+        Step("dup", "standard input", fd="stdin", flags=0),
+        Step("dup", "standard output", fd="stdout", flags=1),
+        Step("dup", "standard error", fd="stderr", flags=2),
+        Step("dup", "closed by execve; until then it tells whether the supervisor lives", fd="supervisor", flags=SUPERVISOR_FD, data=b"cloexec"),
+        Step("close_from", "no descriptor of the supervisor reaches the job", flags=SUPERVISOR_FD + 1),
+    )
+
+
+def _rlimit(resource: int, value: int | None, why: str) -> Step:
+    number = RLIM_INFINITY if value is None else value
+    return Step("rlimit", why, flags=resource, data=struct.pack("<2Q", number, number))
+
+
+def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
+    user = box.user
+    groups = struct.pack(f"<{len(user.groups)}I", *user.groups)
+    return (
+        Step("chdir", "after the descriptors are closed: none can lead out of the root (CVE-2024-21626)", target=spec.workdir),
+        _rlimit(RLIMIT_NOFILE, spec.limits.nofile, "limits.nofile"),
+        _rlimit(RLIMIT_CORE, spec.limits.core, "limits.core"),
+        Step("bounding_set", "execve can give back no other capability", flags=box.capabilities),
+        Step("setgroups", "the user's groups in the image", data=groups),
+        Step("setresgid", "the job's group", flags=user.gid),
+        Step("setresuid", "the job's user", flags=user.uid),
+        Step("clear_ambient", "nothing is inherited by way of the ambient set"),
+        Step("capset", "cap_add" if box.capabilities else "no capability", flags=box.capabilities if user.uid == 0 else 0),
+        Step("no_new_privs", "setuid and file capabilities of the image have no effect"),
+        Step("pdeathsig", "again: a change of credentials clears it", fd="supervisor_kept", flags=SIGKILL),
+        Step("signals", "what the supervisor ignores or blocks is not inherited"),
+        Step("mark", "how long confinement took", flags=MARK_EXEC),
+        Step("exec", "the command: the first of its candidates on PATH that can be run"),
+    )

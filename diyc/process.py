@@ -1,0 +1,178 @@
+"""Processes of jobs: the only importer of the C core.
+
+A Launcher hands compiled plans to the spawner threads and tells, on the event loop, which started or failed.
+A started process is a pid and a pidfd; its end is waited for by the pidfd being readable, never by signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from diyc import _core
+from diyc.errors import HostError, SetupError
+from diyc.plan import (
+    ATTR_NODEV,
+    ATTR_NOSUID,
+    ATTR_RDONLY,
+    MARK_CLONED,
+    MARK_EXEC,
+    MARK_JOINED,
+    MARK_MOUNTED,
+    SUPERVISOR_FD,
+    Plan,
+)
+
+_WALL = 0x40000000  # __WALL of wait(2): also children whose exit signal is not SIGCHLD
+_KINDS = {name: number for number, name in enumerate(_core.STEP_NAMES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A job's process from execve on. The caller owns `pidfd`. `steps_s` are seconds spent in set-up."""
+
+    pid: int
+    pidfd: int
+    steps_s: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended: an exit code or a signal number, the other one None."""
+
+    code: int | None
+    signal: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The parameters of one run of a plan; `descriptors` fill the plan's given registers by name."""
+
+    plan: Plan
+    descriptors: dict[str, int]
+    argv: Sequence[str]
+    env: Sequence[str]
+    paths: Sequence[str]
+    id_map: str
+    oom_score_adj: int
+    cgroup_fd: int | None
+
+
+Report = Callable[[Started | SetupError], None]
+
+
+class Launcher:
+    """Spawner threads and the runs they are setting up, on one event loop.
+
+    `scratch` is any directory: the threads build their own root on it, in mount namespaces of their own."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, threads: int, scratch: str) -> None:
+        try:
+            self._spawner = _core.Spawner(threads, scratch)
+        except OSError as error:
+            raise HostError("spawner", f"cannot {error.args[1]}: {os.strerror(error.args[0])}") from error
+        self._loop = loop
+        self._self_fd = os.pidfd_open(os.getpid())
+        self._waiting: dict[int, tuple[Plan, Report]] = {}
+        self._token = 0
+        self._compile = lru_cache(maxsize=256)(_compile)
+        loop.add_reader(self._spawner.fileno(), self._drain)
+
+    def start(self, launch: Launch, report: Report) -> int:
+        """Queue a run; `report` is called once, later, with what became of it. The token serves kill().
+
+        The descriptors must stay open until then. Raises ValueError for strings with NUL."""
+        self._token += 1
+        given = {**launch.descriptors, "supervisor": self._self_fd, "supervisor_kept": SUPERVISOR_FD}
+        self._spawner.submit(
+            self._compile(launch.plan),
+            self._token,
+            [given[name] for name in launch.plan.given],
+            launch.argv,
+            launch.env,
+            launch.paths,
+            launch.id_map,
+            str(launch.oom_score_adj),
+            -1 if launch.cgroup_fd is None else launch.cgroup_fd,
+        )
+        self._waiting[self._token] = (launch.plan, report)
+        return self._token
+
+    def kill(self, token: int) -> bool:
+        """SIGKILL a run that is still being set up; whether there was one."""
+        return self._spawner.kill(token)
+
+    def close(self) -> None:
+        """Stop the threads. Jobs that still run are killed by their parent-death signal."""
+        self._loop.remove_reader(self._spawner.fileno())
+        self._spawner.close()
+        os.close(self._self_fd)
+
+    def _drain(self) -> None:
+        for token, pid, pidfd, failed, errno, index, dequeued, started, marks in self._spawner.completions():
+            plan, report = self._waiting.pop(token)
+            if not failed:
+                report(Started(pid, pidfd, _steps(dequeued, started, marks)))
+            elif index < 0:
+                report(SetupError("clone", 0, errno, None))
+            else:
+                step = plan.steps[index]
+                report(SetupError(step.kind, index, errno, step.target))
+
+
+def _compile(plan: Plan) -> _core.Plan:
+    return _core.Plan(plan.rows(_KINDS), plan.clone_flags, len(plan.registers))
+
+
+def _steps(dequeued: int, started: int, marks: tuple[int, ...]) -> dict[str, float]:
+    moments = (dequeued, marks[MARK_CLONED], marks[MARK_JOINED], marks[MARK_MOUNTED], marks[MARK_EXEC], started)
+    clone, cgroup, mounts, confine, execve = (
+        round((after - before) / 1e9, 7) for before, after in zip(moments, moments[1:], strict=False)
+    )
+    return {"cgroup": cgroup, "clone": clone, "mounts": mounts, "exec": round(confine + execve, 7)}
+
+
+def reap(pidfd: int) -> Exit:
+    """The end of a process whose pidfd is readable; frees its pid. The caller still closes the pidfd."""
+    info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | _WALL)
+    if info is None:
+        raise ChildProcessError("the process has not ended yet")
+    if info.si_code == os.CLD_EXITED:
+        return Exit(info.si_status, None)
+    return Exit(None, info.si_status)
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    """Signal a process by its pidfd; one that has ended meanwhile is no error."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return
+
+
+def heeds_signal(pid: int, number: int, proc: str = "/proc") -> bool:
+    """Whether a PID 1 would notice the signal: it catches, ignores or blocks it.
+
+    The kernel never applies a default action to PID 1 of a PID namespace (pid_namespaces(7)), so a signal
+    it does not handle would be lost without a trace."""
+    bit = 1 << (number - 1)
+    try:
+        with open(f"{proc}/{pid}/status", encoding="ascii", errors="replace") as status:
+            masks = (line.split() for line in status if line.startswith(("SigBlk:", "SigIgn:", "SigCgt:")))
+            return any(int(mask, 16) & bit for _, mask in masks)
+    except FileNotFoundError:
+        return False
+
+
+def mount_tree(path: str, *, userns: int, read_only: bool = False) -> int:
+    """A detached, nosuid, nodev, idmapped clone of the mount at `path`, as a descriptor. Raises OSError."""
+    attributes = ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if read_only else 0)
+    return _core.tree(path, attributes, userns)
+
+
+def user_namespace(id_map: str) -> int:
+    """A user namespace with this map, kept alive by the returned descriptor. Raises OSError."""
+    return _core.user_namespace(id_map)

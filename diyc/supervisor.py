@@ -1,0 +1,385 @@
+"""Decides what runs when: admission, order, drain. The only mutable state of a supervisor is here.
+
+Jobs wait as batches (a spec and how many of its runs are left), so a queued run costs nothing. Every change
+(a submission, an end) calls admit(); nothing polls. What a run does once admitted is execution.py's."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diyc import capabilities, process
+from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftovers
+from diyc.config import SupervisorConfig, supervisor_from_mapping
+from diyc.errors import CgroupError, DiycError, HostError
+from diyc.execution import Execution, Prepared, Services, Sink
+from diyc.host import load_overlay, read_host
+from diyc.ids import new_id
+from diyc.images.store import ImageStore, RootTree
+from diyc.images.users import resolve_user
+from diyc.instance import Instance, Leftover
+from diyc.jobs import JobSpec, Run
+from diyc.metrics import LiveContainer
+from diyc.plan import User
+from diyc.process import Launcher
+from diyc.results import Result
+from diyc.slots import Slots
+
+STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
+SPAWNER_THREADS = 4
+CLOSE_PATIENCE = 5.0
+
+OnResult = Callable[[Result], None]
+OnStart = Callable[[Run], None]
+
+
+@dataclass(slots=True)
+class Batch:
+    """The runs of one submission that have not started yet, and what all of them share."""
+
+    prepared: Prepared
+    queued_at: float
+    on_result: OnResult
+    on_dropped: Callable[[int], None] | None = None
+    sink: Sink | None = None
+    stdin: int | None = None
+    next_index: int = 0
+    running: int = 0
+    parked: bool = False
+    cancelled: bool = False
+    order: tuple[int, int] = (0, 0)
+
+    @property
+    def left(self) -> int:
+        """How many runs are still to be started."""
+        return 0 if self.cancelled else self.prepared.spec.count - self.next_index
+
+    @property
+    def full(self) -> bool:
+        """Whether the job's own max_parallel is reached."""
+        limit = self.prepared.spec.max_parallel
+        return limit is not None and self.running >= limit
+
+    def __lt__(self, other: Batch) -> bool:
+        return self.order < other.order
+
+
+@dataclass(slots=True)
+class State:
+    """Everything that changes while a supervisor runs."""
+
+    queue: list[Batch] = field(default_factory=list)
+    running: dict[str, tuple[Execution, Batch]] = field(default_factory=dict)
+    memory: int = 0
+    queued: int = 0
+    draining: bool = False
+    admitting: bool = False
+    graves: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Supervisor:
+    """Runs jobs in containers of their own: `async with Supervisor(max_parallel=8) as s: await s.run(job)`.
+
+    Keyword arguments are the keys of [supervisor] in jobs.toml. Entering raises HostError where this host or
+    this user cannot run jobs. Several supervisors may live in one process, each on its own loop or not."""
+
+    def __init__(self, config: SupervisorConfig | None = None, *, on_start: OnStart | None = None, **settings: Any) -> None:
+        self.config = config if config is not None else supervisor_from_mapping(settings)
+        self.leftovers: list[Leftover] = []
+        self.warnings: list[str] = []
+        self._on_start = on_start
+        self._state = State()
+        self._sequence = itertools.count()
+        self._prepared: dict[JobSpec, Prepared] = {}
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Supervisor:
+        load_overlay()
+        read_host().require()
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        config = self.config
+        _directory(config.state_dir, "state_dir")
+        _directory(config.runtime_dir, "runtime_dir")
+        log_dir = _directory(os.path.join(config.state_dir, "logs"), "state_dir")
+        self._instance = Instance(config.runtime_dir, new_id())
+        try:
+            self._open(log_dir)
+        except BaseException:
+            self._instance.close()
+            raise
+        return self
+
+    def _open(self, log_dir: str) -> None:
+        config = self.config
+        self.leftovers = self._instance.recover(remove_leftovers)
+        self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, self._instance.id)
+        self._instance.record(cgroups=self.cgroups.instance_dirs, paths=())
+        self.cgroups.prepare()
+        try:
+            self._images = ImageStore(config.state_dir, config.runtime_dir)
+            self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse)
+            threads = min(SPAWNER_THREADS, config.max_parallel)
+            launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)
+        except BaseException:
+            self.cgroups.close()
+            raise
+        self._services = Services(self._loop, launcher, self.cgroups, self._slots, self._bury, log_dir)
+
+    async def __aexit__(self, *_: object) -> None:
+        """End what still runs, and give back everything that was made."""
+        self.drain()
+        self.kill()
+        await self.wait()
+        self._services.launcher.close()
+        await self._close_graves()
+        try:
+            self.cgroups.close()
+        finally:
+            self._slots.close()
+            self._images.close()
+            self._instance.close()
+
+    async def _close_graves(self) -> None:
+        if self._state.graves:
+            await asyncio.wait(self._state.graves, timeout=CLOSE_PATIENCE)
+
+    # -- submission --------------------------------------------------------------------------------------------------
+
+    async def prepare(self, spec: JobSpec) -> Prepared:
+        """Get a job's image ready and check that this host can run it.
+
+        Raises ImageError; HostError naming each limit that cannot be enforced (a warning where best-effort)."""
+        if spec not in self._prepared:
+            self._check_limits(spec)
+            tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
+            self._prepared[spec] = self._join(spec, tree)
+        return self._prepared[spec]
+
+    def _join(self, spec: JobSpec, tree: RootTree) -> Prepared:
+        account = resolve_user(tree.path, spec.user)
+        user = User(account.uid, account.gid, account.groups, account.home)
+        return Prepared(spec, tree, user, capabilities.mask(spec.cap_add), self.cgroups)
+
+    def _check_limits(self, spec: JobSpec) -> None:
+        problems = self.cgroups.unsupported(spec.limits)
+        if (spec.limits.memory or 0) > self.config.max_memory:
+            raise DiycError(f"job {spec.name}: limits.memory is above the supervisor's max_memory: it could never start")
+        if problems and self.config.enforce == "strict":
+            remedy = 'set supervisor.enforce = "best-effort" to run without'
+            raise HostError("limits", f"job {spec.name}: " + "; ".join(problems) + f"; {remedy}")
+        self.warnings += [f"job {spec.name}: not enforced: {problem}" for problem in problems]
+
+    def submit(
+        self,
+        prepared: Prepared,
+        on_result: OnResult,
+        *,
+        on_dropped: Callable[[int], None] | None = None,
+        sink: Sink | None = None,
+        stdin: int | None = None,
+    ) -> Batch:
+        """Queue all runs of a prepared job; `on_result` is called for each as it ends. The batch serves cancel().
+
+        `on_dropped` is told how many runs a drain kept from starting. With `sink`, output goes there as it comes
+        and is not kept; `stdin` is a descriptor that the caller keeps open."""
+        batch = Batch(prepared, time.monotonic(), on_result, on_dropped, sink, stdin)
+        batch.order = (-prepared.spec.priority, next(self._sequence))
+        self._state.queued += batch.left
+        self._idle.clear()
+        heapq.heappush(self._state.queue, batch)
+        self._admit_soon()
+        return batch
+
+    def cancel(self, batch: Batch) -> None:
+        """Start none of the batch's runs any more and stop those that run (verdict cancelled)."""
+        self._state.queued -= batch.left
+        batch.cancelled = True
+        for execution, owner in list(self._state.running.values()):
+            if owner is batch:
+                execution.stop("cancelled")
+        self._admit_soon()
+
+    async def run(self, spec: JobSpec) -> Result:
+        """Run a job once and return its result. Cancelling the awaiting task cancels the run."""
+        ended: asyncio.Future[Result] = self._loop.create_future()
+        prepared = await self.prepare(replace(spec, count=1))
+        batch = self.submit(prepared, ended.set_result, on_dropped=lambda _: ended.set_exception(_stopped()))
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self.cancel(batch)
+            raise
+
+    async def map(self, specs: Iterable[JobSpec]) -> AsyncIterator[Result]:
+        """Run each job with all its runs; results come as runs end."""
+        results: asyncio.Queue[Result | None] = asyncio.Queue()
+        expected = 0
+        for spec in specs:
+            prepared = await self.prepare(spec)
+            self.submit(prepared, results.put_nowait, on_dropped=lambda _: results.put_nowait(None))
+            expected += spec.count
+        for _ in range(expected):
+            result = await results.get()
+            if result is None:
+                raise _stopped()
+            yield result
+
+    # -- admission ------------------------------------------------------------------------------------------------------
+
+    def _admit_soon(self) -> None:
+        if not self._state.admitting:
+            self._state.admitting = True
+            self._loop.call_soon(self._admit)
+
+    def _admit(self) -> None:
+        """Start what may start, a few at a time so that the loop stays responsive."""
+        state = self._state
+        state.admitting = False
+        for _ in range(STARTS_PER_TURN):
+            batch = self._next()
+            if batch is None:
+                self._note_idle()
+                return
+            self._start(batch)
+        self._admit_soon()
+
+    def _next(self) -> Batch | None:
+        """The first batch, by priority and age, whose job may start a run now. A batch whose turn it is and whose
+        memory does not fit is waited for: passing it over for ever smaller jobs would starve it."""
+        state = self._state
+        if state.draining or len(state.running) >= min(self.config.max_parallel, self._slots.size):
+            return None
+        while state.queue:
+            batch = state.queue[0]
+            if batch.left == 0:
+                heapq.heappop(state.queue)
+            elif batch.full:
+                batch.parked = True
+                heapq.heappop(state.queue)
+            else:
+                fits = state.memory + (batch.prepared.spec.limits.memory or 0) <= self.config.max_memory
+                return batch if fits else None
+        return None
+
+    def _start(self, batch: Batch) -> None:
+        state, spec = self._state, batch.prepared.spec
+        run = Run(new_id(), spec, batch.next_index)
+        batch.next_index += 1
+        batch.running += 1
+        state.queued -= 1
+        state.memory += spec.limits.memory or 0
+        execution = Execution(self._services, batch.prepared, run, batch.queued_at, self._ended, batch.sink, batch.stdin)
+        state.running[run.run_id] = (execution, batch)
+        if self._on_start is not None:
+            self._on_start(run)
+        execution.start()
+
+    def _ended(self, execution: Execution, result: Result) -> None:
+        state = self._state
+        _, batch = state.running.pop(execution.run.run_id)
+        state.memory -= execution.run.spec.limits.memory or 0
+        batch.running -= 1
+        if batch.parked and not batch.full:
+            batch.parked = False
+            heapq.heappush(state.queue, batch)
+        self._admit_soon()
+        batch.on_result(result)
+
+    def _note_idle(self) -> None:
+        state = self._state
+        if not state.running and (state.draining or not state.queue):
+            self._idle.set()
+
+    # -- the end of runs ---------------------------------------------------------------------------------------------
+
+    async def wait(self) -> None:
+        """Return when nothing runs and nothing can start any more."""
+        await self._idle.wait()
+
+    def drain(self) -> None:
+        """Start nothing more; running jobs get their stop_signal, and KILL after their stop_timeout or
+        shutdown_grace, whichever is shorter."""
+        if self._state.draining:
+            return
+        self._state.draining = True
+        for execution, _ in list(self._state.running.values()):
+            execution.stop("cancelled")
+        if self._state.running:
+            self._loop.call_later(self.config.shutdown_grace, self.kill)
+        for batch in self._state.queue:
+            if batch.left and batch.on_dropped is not None:
+                batch.on_dropped(batch.left)
+        self._admit_soon()
+
+    def kill(self) -> None:
+        """SIGKILL everything that runs."""
+        for execution, _ in list(self._state.running.values()):
+            execution.stop("cancelled")
+            execution.kill()
+
+    def _bury(self, cgroup: RunCgroup) -> None:
+        """Remove a run's cgroups, now or as soon as the kernel lets go of them."""
+        try:
+            if cgroup.remove():
+                return
+        except CgroupError as error:
+            self.warnings.append(str(error))
+            return
+        task = self._loop.create_task(cgroup.wait_removed())
+        self._state.graves.add(task)
+        task.add_done_callback(self._state.graves.discard)
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Runs in a container now."""
+        return len(self._state.running)
+
+    @property
+    def queued(self) -> int:
+        """Runs waiting to start."""
+        return self._state.queued
+
+    @property
+    def slots(self) -> int:
+        """How many runs the id range and max_parallel allow at once."""
+        return min(self.config.max_parallel, self._slots.size)
+
+    def live(self) -> Iterator[LiveContainer]:
+        """The running containers with their figures, for a scrape."""
+        now = time.time()
+        for execution, _ in list(self._state.running.values()):
+            if execution.started_at is not None:
+                run = execution.run
+                yield LiveContainer(
+                    run_id=run.run_id,
+                    job_name=run.spec.name,
+                    image=run.spec.image.name,
+                    started_at=execution.started_at,
+                    age_s=now - execution.started_at,
+                    memory_limit=run.spec.limits.memory,
+                    figures=execution.figures,
+                )
+
+
+def _stopped() -> DiycError:
+    return DiycError("the supervisor was stopped before the run could start")
+
+
+def _directory(path: str, key: str) -> str:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise HostError(key, f"cannot make {path}: {error.strerror}; give another with supervisor.{key}") from error
+    return path
