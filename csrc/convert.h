@@ -13,7 +13,7 @@ struct plan *plan_convert(PyObject *steps, unsigned long long clone_flags, unsig
 void plan_free(struct plan *plan);
 
 /* One run of `plan`, in one block of memory that plain free() releases. */
-struct run *run_convert(const struct plan *plan, PyObject *descriptors, PyObject *argv, PyObject *envp,
-                        PyObject *paths, PyObject *id_map, PyObject *oom_score_adj);
+struct run *run_convert(const struct plan *plan, PyObject *descriptors, PyObject *argv, PyObject *envp, PyObject *paths,
+                        PyObject *id_map, PyObject *oom_score_adj);
 
 #endif

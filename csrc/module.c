@@ -156,8 +156,7 @@ static PyObject *Spawner_submit(PyObject *object, PyObject *args) {
                           &id_map, &oom_score_adj, &cgroup_fd) ||
         spawner_open(self) < 0)
         return NULL;
-    struct run *run =
-        run_convert(((PlanObject *)plan)->plan, descriptors, argv, envp, paths, id_map, oom_score_adj);
+    struct run *run = run_convert(((PlanObject *)plan)->plan, descriptors, argv, envp, paths, id_map, oom_score_adj);
     if (!run)
         return NULL;
     run->token = token;
@@ -221,7 +220,8 @@ static PyMethodDef spawner_methods[] = {
      "dequeued_ns, started_ns, marks). Index -1 is clone3 itself; errno 0 of a failed one means that it was killed."},
     {"kill", Spawner_kill, METH_O, "kill(token): SIGKILL a run that is still being set up; whether there was one."},
     {"fileno", Spawner_fileno, METH_NOARGS, "The eventfd that is readable when completions() has something."},
-    {"close", Spawner_close, METH_NOARGS, "Stop the threads; jobs they started are killed by their parent-death signal."},
+    {"close", Spawner_close, METH_NOARGS,
+     "Stop the threads; jobs they started are killed by their parent-death signal."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -229,7 +229,8 @@ static PyType_Slot spawner_slots[] = {
     {Py_tp_new, Spawner_new},
     {Py_tp_dealloc, Spawner_dealloc},
     {Py_tp_methods, spawner_methods},
-    {Py_tp_doc, "Spawner(threads, scratch): threads that clone, each with a small root built on the directory scratch."},
+    {Py_tp_doc,
+     "Spawner(threads, scratch): threads that clone, each with a small root built on the directory scratch."},
     {0, NULL},
 };
 
@@ -297,9 +298,11 @@ static int module_exec(PyObject *module) {
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
 
 static PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "diyc._core",
+    PyModuleDef_HEAD_INIT,
+    .m_name = "diyc._core",
     .m_doc = "What must happen in C: plans in C memory, spawner threads, detached mounts.",
-    .m_methods = core_methods, .m_slots = module_slots,
+    .m_methods = core_methods,
+    .m_slots = module_slots,
 };
 
 PyMODINIT_FUNC PyInit__core(void) {

@@ -313,8 +313,8 @@ static int registers_fill(struct run *run, const struct plan *plan, PyObject *de
 
 static struct run *run_layout(const struct layout *layout, const struct plan *plan, const Py_ssize_t counts[3]) {
     const size_t slots = (size_t)(counts[0] + counts[1] + counts[2] + 3);
-    struct run *run = calloc(1, sizeof(*run) + slots * sizeof(char *) + plan->register_count * sizeof(int) +
-                                    layout->text_size);
+    struct run *run =
+        calloc(1, sizeof(*run) + slots * sizeof(char *) + plan->register_count * sizeof(int) + layout->text_size);
     if (!run) {
         PyErr_NoMemory();
         return NULL;
@@ -334,8 +334,8 @@ static struct run *run_layout(const struct layout *layout, const struct plan *pl
     return run;
 }
 
-struct run *run_convert(const struct plan *plan, PyObject *descriptors, PyObject *argv, PyObject *envp,
-                        PyObject *paths, PyObject *id_map, PyObject *oom_score_adj) {
+struct run *run_convert(const struct plan *plan, PyObject *descriptors, PyObject *argv, PyObject *envp, PyObject *paths,
+                        PyObject *id_map, PyObject *oom_score_adj) {
     struct layout layout;
     struct run *run = NULL;
     if (layout_begin(&layout) < 0)

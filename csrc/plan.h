@@ -11,39 +11,39 @@
 /* One list for the enum, for the names Python sees and for the parameters of the tests.
  * X(NAME, "name", what it does: which fields of struct step it reads) */
 #define STEP_LIST(X)                                                                                                   \
-    X(MARK, "mark")                     /* note the time as mark number `flags` */                                     \
-    X(AWAIT_PARENT, "await_parent")     /* wait until id maps and oom_score_adj are written */                         \
-    X(PDEATHSIG, "pdeathsig")           /* signal `flags` at the parent's death; fd: its pidfd, checked after */       \
-    X(CGROUP_JOIN, "cgroup_join")       /* fd: a v1 `tasks` file */                                                    \
-    X(UNSHARE, "unshare")               /* flags: CLONE_NEW... */                                                      \
-    X(SETSID, "setsid")                 /* a session of its own */                                                     \
-    X(UMASK, "umask")                   /* flags: mask */                                                              \
-    X(SETGROUPS, "setgroups")           /* data: array of gid_t */                                                     \
-    X(SETRESGID, "setresgid")           /* flags: gid */                                                               \
-    X(SETRESUID, "setresuid")           /* flags: uid */                                                               \
-    X(MKDIR, "mkdir")                   /* target, flags: mode; one that exists is kept */                             \
-    X(MKNOD_FILE, "mknod_file")         /* target: an empty file to mount upon; one that exists is kept */             \
-    X(WRITE_FILE, "write_file")         /* target is made anew with data as its content, flags: mode */                \
-    X(SYMLINK, "symlink")               /* source: what the link says, target: where it lies */                        \
-    X(MOUNT, "mount")                   /* source, target, type, flags, data as in mount(2) */                         \
-    X(OPEN_TREE, "open_tree")           /* source: path to clone, flags; out: register of the new mount */             \
-    X(FSMOUNT, "fsmount")               /* type, data: "key=value" strings, flags: MOUNT_ATTR_...; out: register */    \
-    X(MOVE_MOUNT, "move_mount")         /* fd: a detached mount, target, flags: RESOLVE_... of openat2(2) */           \
-    X(MOUNT_SETATTR, "mount_setattr")   /* target, flags: MOUNT_ATTR_... to set */                                     \
-    X(PIVOT_ROOT, "pivot_root")         /* target becomes the root, the old one is detached */                         \
-    X(SETHOSTNAME, "sethostname")       /* data */                                                                     \
-    X(SETDOMAINNAME, "setdomainname")   /* data */                                                                     \
-    X(LINK_UP, "link_up")               /* target: name of the link */                                                 \
-    X(DUP, "dup")                       /* fd becomes descriptor number `flags` */                                     \
-    X(CLOSE_FROM, "close_from")         /* flags: first descriptor to close */                                         \
-    X(CHDIR, "chdir")                   /* target */                                                                   \
-    X(RLIMIT, "rlimit")                 /* flags: resource, data: struct rlimit64 */                                   \
-    X(BOUNDING_SET, "bounding_set")     /* flags: mask of what stays */                                                \
+    X(MARK, "mark")                   /* note the time as mark number `flags` */                                       \
+    X(AWAIT_PARENT, "await_parent")   /* wait until id maps and oom_score_adj are written */                           \
+    X(PDEATHSIG, "pdeathsig")         /* signal `flags` at the parent's death; fd: its pidfd, checked after */         \
+    X(CGROUP_JOIN, "cgroup_join")     /* fd: a v1 `tasks` file */                                                      \
+    X(UNSHARE, "unshare")             /* flags: CLONE_NEW... */                                                        \
+    X(SETSID, "setsid")               /* a session of its own */                                                       \
+    X(UMASK, "umask")                 /* flags: mask */                                                                \
+    X(SETGROUPS, "setgroups")         /* data: array of gid_t */                                                       \
+    X(SETRESGID, "setresgid")         /* flags: gid */                                                                 \
+    X(SETRESUID, "setresuid")         /* flags: uid */                                                                 \
+    X(MKDIR, "mkdir")                 /* target, flags: mode; one that exists is kept */                               \
+    X(MKNOD_FILE, "mknod_file")       /* target: an empty file to mount upon; one that exists is kept */               \
+    X(WRITE_FILE, "write_file")       /* target is made anew with data as its content, flags: mode */                  \
+    X(SYMLINK, "symlink")             /* source: what the link says, target: where it lies */                          \
+    X(MOUNT, "mount")                 /* source, target, type, flags, data as in mount(2) */                           \
+    X(OPEN_TREE, "open_tree")         /* source: path to clone, flags; out: register of the new mount */               \
+    X(FSMOUNT, "fsmount")             /* type, data: "key=value" strings, flags: MOUNT_ATTR_...; out: register */      \
+    X(MOVE_MOUNT, "move_mount")       /* fd: a detached mount, target, flags: RESOLVE_... of openat2(2) */             \
+    X(MOUNT_SETATTR, "mount_setattr") /* target, flags: MOUNT_ATTR_... to set */                                       \
+    X(PIVOT_ROOT, "pivot_root")       /* target becomes the root, the old one is detached */                           \
+    X(SETHOSTNAME, "sethostname")     /* data */                                                                       \
+    X(SETDOMAINNAME, "setdomainname") /* data */                                                                       \
+    X(LINK_UP, "link_up")             /* target: name of the link */                                                   \
+    X(DUP, "dup")                     /* fd becomes descriptor number `flags` */                                       \
+    X(CLOSE_FROM, "close_from")       /* flags: first descriptor to close */                                           \
+    X(CHDIR, "chdir")                 /* target */                                                                     \
+    X(RLIMIT, "rlimit")               /* flags: resource, data: struct rlimit64 */                                     \
+    X(BOUNDING_SET, "bounding_set")   /* flags: mask of what stays */                                                  \
     X(CLEAR_AMBIENT, "clear_ambient")                                                                                  \
-    X(CAPSET, "capset")                 /* flags: mask for permitted and effective; inheritable is empty */            \
+    X(CAPSET, "capset") /* flags: mask for permitted and effective; inheritable is empty */                            \
     X(NO_NEW_PRIVS, "no_new_privs")                                                                                    \
-    X(SIGNALS, "signals")               /* default action for every signal, none blocked */                            \
-    X(EXEC, "exec")                     /* the run's paths in turn, its argv and envp */
+    X(SIGNALS, "signals") /* default action for every signal, none blocked */                                          \
+    X(EXEC, "exec")       /* the run's paths in turn, its argv and envp */
 
 enum step_kind {
 #define X(name, text) STEP_##name,
@@ -94,9 +94,9 @@ struct run {
     char *const *argv;
     char *const *envp;
     const char *const *paths;
-    const char *id_map;        /* text for uid_map and gid_map, NULL without a user namespace */
-    const char *oom_score_adj; /* text, NULL to leave it */
-    int cgroup_fd;             /* CLONE_INTO_CGROUP, -1 for none */
+    const char *id_map;          /* text for uid_map and gid_map, NULL without a user namespace */
+    const char *oom_score_adj;   /* text, NULL to leave it */
+    int cgroup_fd;               /* CLONE_INTO_CGROUP, -1 for none */
     volatile uint32_t *requests; /* futex: runs that wait for the spawner's helper thread */
     volatile uint32_t waiting;   /* 1 while the child waits for the helper */
     struct progress progress;

@@ -145,7 +145,8 @@ static int small_root_fill(const char **what) {
     if (ret == 0)
         ret = try_call(libc_mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "mount proc", what);
     if (ret == 0)
-        ret = try_call(libc_mount("sysfs", "sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "mount sysfs", what);
+        ret =
+            try_call(libc_mount("sysfs", "sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "mount sysfs", what);
     if (ret == 0)
         ret = try_call(libc_mount("dev", "dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=64k,nr_inodes=32"),
                        "mount /dev", what);

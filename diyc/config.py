@@ -160,17 +160,19 @@ def _syntax_problem(message: str, text: str, file: str) -> Problem:
     twice = re.fullmatch(r"Cannot declare \((.*?),?\) twice", what)
     if twice:
         what = f"[{twice[1].replace(chr(39), '').replace(', ', '.')}] stands here a second time"
+    what = what[0].lower() + what[1:]
+    if place[1] is None:
+        line = text.count("\n") + (not text.endswith("\n"))
+        return Problem(file, line, "", f"not valid TOML: the file ends too early: {what}", "is a ] or a quote missing?")
     hint = next((hint for start, hint in _SYNTAX_HINTS if what.startswith(start)), None)
-    line = int(place[1]) if place[1] else text.count("\n") + (not text.endswith("\n"))
-    column = f" in column {place[2]}" if place[2] else " at the end of the file"
-    return Problem(file, line, "", f"not valid TOML{column}: {what[0].lower()}{what[1:]}", hint)
+    return Problem(file, int(place[1]), "", f"not valid TOML in column {place[2]}: {what}", hint)
 
 
 _SYNTAX_HINTS = (
-    ("Invalid value", "a string needs quotes"),
-    ("Expected newline or end of document after a statement", "a string needs quotes"),
-    ("Cannot overwrite a value", "the key is already set above"),
-    ("Illegal character '\\n'", "is a closing quote missing?"),
+    ("invalid value", "a string needs quotes"),
+    ("expected newline or end of document after a statement", "a string needs quotes"),
+    ("cannot overwrite a value", "the key is set a second time"),
+    ("illegal character '\\n'", "is a closing quote missing?"),
 )
 
 

@@ -33,7 +33,8 @@ CAPABILITIES = ALLOWED_CAPABILITIES | frozenset(
 )
 
 _LONGEST_ARGUMENT = 128 * 1024  # MAX_ARG_STRLEN with its closing NUL: execve refuses more in one string
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+_NAME = re.compile(NAME_PATTERN)
 _USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?")
 _USER_IDS = re.compile(r"([0-9]{1,10})(?::([0-9]{1,10}))?")
 _SIGNALS = {name.removeprefix("SIG"): int(number) for name, number in signal.Signals.__members__.items()}

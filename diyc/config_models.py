@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diyc.config_values import (
+    NO_NUL,
     AddedCapability,
     CgroupParent,
     ContainerPath,
@@ -258,13 +259,9 @@ BUILT: dict[str, tuple[object, ...]] = {
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of jobs.toml, for editors; keys that are not built yet say so."""
-    schema = Document.model_json_schema(by_alias=True)
-    for definition in (schema, *schema["$defs"].values()):
-        for field in definition.get("properties", {}).values():
-            if field.get("default", ...) is None:  # every key may be left out; none of them may be null
-                del field["default"]
+    schema: dict[str, Any] = _tidy(Document.model_json_schema(by_alias=True))
     for path in BUILT:
-        _mark_not_built(path.split("."), schema)
+        _mark_not_built(path, schema)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
@@ -273,12 +270,35 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _mark_not_built(path: list[str], schema: dict[str, Any]) -> None:
-    here = schema
-    for part in path:
-        below = here["additionalProperties"] if part == "*" else here["properties"][part]
-        here = schema["$defs"][below["$ref"].rpartition("/")[2]] if "$ref" in below else below
-        described = here if part == "*" else below
-    accepted = [value for value in BUILT[".".join(path)] if value not in ({}, [], "")]
-    exception = f" but for {', '.join(map(str, accepted))}" if accepted else ""
+def _tidy(node: Any) -> Any:
+    """The schema as an editor wants it: no null defaults (a key may be left out, but not be null), no titles made
+    from names, no pattern that only keeps NUL out, and for open tables one spelling whatever pydantic's release."""
+    if isinstance(node, list):
+        return [_tidy(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "properties" in node:
+        return {
+            **{key: _tidy(value) for key, value in node.items() if key not in ("properties", "title")},
+            "properties": {key: _tidy(value) for key, value in node["properties"].items()},
+        }
+    tidy = {key: _tidy(value) for key, value in node.items() if key != "title"}
+    if tidy.get("default", ...) is None:
+        del tidy["default"]
+    if tidy.get("pattern") == NO_NUL:
+        del tidy["pattern"]
+    if "patternProperties" in tidy:
+        ((pattern, tidy["additionalProperties"]),) = tidy.pop("patternProperties").items()
+        if pattern != NO_NUL:
+            tidy["propertyNames"] = {"pattern": pattern}
+    return tidy
+
+
+def _mark_not_built(path: str, schema: dict[str, Any]) -> None:
+    here = described = schema
+    for part in path.split("."):
+        described = here["additionalProperties"] if part == "*" else here["properties"][part]
+        here = schema["$defs"][described["$ref"].rpartition("/")[2]] if "$ref" in described else described
+    accepted = [str(value) for value in BUILT[path] if value not in ({}, [], "")]
+    exception = f" but for {', '.join(accepted)}" if accepted else ""
     described["description"] = f"{described.get('description', '')} (Not built yet{exception}.)".strip()

@@ -13,6 +13,7 @@ from diyc.config_checks import (
     CAPABILITIES,
     LAST_ID,
     MOST_PIDS,
+    NAME_PATTERN,
     check_absolute,
     check_cgroup_parent,
     check_cpuset,
@@ -54,8 +55,9 @@ _NONE = {"const": "none"}
 _SIZE_SCHEMA = ({"type": "integer", "minimum": 0}, {"type": "string", "pattern": SIZE_PATTERN})
 _DURATION_SCHEMA = ({"type": "number", "minimum": 0}, {"type": "string", "pattern": DURATION_PATTERN})
 
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
-Name = Annotated[Text, AfterValidator(check_name)]
+NO_NUL = r"^[^\x00]*$"  # nothing that execve, mount or a cgroup is given can carry one
+Text = Annotated[str, StringConstraints(pattern=NO_NUL)]
+Name = Annotated[Text, AfterValidator(check_name), WithJsonSchema({"type": "string", "pattern": f"^{NAME_PATTERN}$"})]
 NonEmpty = Annotated[Text, AfterValidator(check_not_empty)]
 Template = Annotated[Text, AfterValidator(check_template)]
 EnvName = Annotated[Text, AfterValidator(check_env_name)]

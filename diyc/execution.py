@@ -60,12 +60,6 @@ class Prepared:
         self.binds = tuple(binds)
         self._plans: dict[tuple[str, int], Plan] = {}
 
-    def hostname(self, run: Run) -> str:
-        """The run's host name; by default the job's name with what a host name cannot hold replaced."""
-        if self.spec.hostname is not None:
-            return run.expand(self.spec.hostname)
-        return "".join(c if c.isalnum() else "-" for c in self.spec.name).strip("-")[:63] or "job"
-
     def plan(self, hostname: str, joins: int) -> Plan:
         """The steps for a run with this host name that enters so many v1 cgroups itself."""
         key = (hostname, joins)
@@ -76,18 +70,26 @@ class Prepared:
             self._plans[key] = build_plan(self.spec, box)
         return self._plans[key]
 
-    def environment(self, run: Run, hostname: str) -> dict[str, str]:
-        """PATH, HOME, HOSTNAME and DIYC_*, then the job's own."""
-        return {
-            "PATH": DEFAULT_PATH,
-            "HOME": self.user.home,
-            "HOSTNAME": hostname,
-            "DIYC_JOB": self.spec.name,
-            "DIYC_INDEX": str(run.index),
-            "DIYC_RUN_ID": run.run_id,
-            "DIYC_ATTEMPT": str(run.attempt),
-            **{key: run.expand(value) for key, value in self.spec.env},
-        }
+
+def default_hostname(run: Run) -> str:
+    """The run's host name; by default the job's name with what a host name cannot hold replaced."""
+    if run.spec.hostname is not None:
+        return run.expand(run.spec.hostname)
+    return "".join(c if c.isalnum() else "-" for c in run.spec.name).strip("-")[:63] or "job"
+
+
+def environment(run: Run, hostname: str, home: str) -> dict[str, str]:
+    """PATH, HOME, HOSTNAME and DIYC_*, then the job's own."""
+    return {
+        "PATH": DEFAULT_PATH,
+        "HOME": home,
+        "HOSTNAME": hostname,
+        "DIYC_JOB": run.spec.name,
+        "DIYC_INDEX": str(run.index),
+        "DIYC_RUN_ID": run.run_id,
+        "DIYC_ATTEMPT": str(run.attempt),
+        **{key: run.expand(value) for key, value in run.spec.env},
+    }
 
 
 def candidates(command: str, path: str) -> list[str]:
@@ -186,8 +188,8 @@ class Execution:
         self._held.callback(services.bury, cgroup)
         self._cgroup_s = time.monotonic() - self._begun
         self._until_started.callback(cgroup.close_join_fds)
-        hostname = self.prepared.hostname(run)
-        env = self.prepared.environment(run, hostname)
+        hostname = default_hostname(run)
+        env = environment(run, hostname, self.prepared.user.home)
         argv = [run.expand(word) for word in run.spec.argv]
         launch = Launch(
             plan=self.prepared.plan(hostname, len(cgroup.join_fds)),
@@ -247,6 +249,8 @@ class Execution:
         self._until_started.close()
         self._cancel_timers()
         if isinstance(report, SetupError):
+            if report.step == "exec":
+                report = SetupError("exec", report.index, report.errno, self.run.expand(self.run.spec.argv[0]))
             self._error = self._error or report
             self._finish()
             return
@@ -276,7 +280,11 @@ class Execution:
             return
         self._stopped_for = reason
         spec = self.run.spec
-        if self._started is None or reason == "output_limit" or not process.heeds_signal(self._started.pid, spec.stop_signal):
+        if (
+            self._started is None
+            or reason == "output_limit"
+            or not process.heeds_signal(self._started.pid, spec.stop_signal)
+        ):
             self.kill()
             return
         process.send_signal(self._started.pidfd, spec.stop_signal)
@@ -418,4 +426,3 @@ def _error_record(error: Exception | None) -> dict[str, object] | None:
             "message": str(error),
         }
     return {"step": None, "index": None, "errno": getattr(error, "errno", None), "target": None, "message": str(error)}
-

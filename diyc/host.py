@@ -57,7 +57,9 @@ def read_host(proc: Path = Path("/proc"), sys: Path = Path("/sys"), *, euid: int
             *(_namespace(proc, name) for name in NAMESPACES),
             _filesystem(proc, "overlay", needed=True),
             _file("pressure", proc / "pressure/cpu", "PSI figures", "boot with psi=1"),
-            _file("seccomp", proc / "sys/kernel/seccomp/actions_avail", "filters can be loaded", "CONFIG_SECCOMP_FILTER"),
+            _file(
+                "seccomp", proc / "sys/kernel/seccomp/actions_avail", "filters can be loaded", "CONFIG_SECCOMP_FILTER"
+            ),
             _lsm(sys, "landlock"),
             _lsm(sys, "apparmor"),
             _lsm(sys, "selinux"),
@@ -84,23 +86,31 @@ def _kernel(proc: Path) -> Feature:
     version = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
     wanted = ".".join(map(str, MINIMUM_KERNEL))
     detail = f"Linux {release}" + ("" if version >= MINIMUM_KERNEL else f", older than {wanted}")
-    return Feature("kernel", version >= MINIMUM_KERNEL, detail, needed=True, remedy=f"Linux {wanted} or later is needed")
+    return Feature(
+        "kernel", version >= MINIMUM_KERNEL, detail, needed=True, remedy=f"Linux {wanted} or later is needed"
+    )
 
 
 def _namespace(proc: Path, name: str) -> Feature:
     title = f"{name} namespace"
     if not (proc / "self/ns" / name).exists():
-        return Feature(title, False, "not in this kernel", needed=True, remedy="a kernel with CONFIG_NAMESPACES and all its kinds")
+        return Feature(
+            title, False, "not in this kernel", needed=True, remedy="a kernel with CONFIG_NAMESPACES and all its kinds"
+        )
     limit_file = proc / f"sys/user/max_{name}_namespaces"
     limit = _read(limit_file).strip()
     if limit == "0":
-        return Feature(title, False, f"{limit_file} is 0", needed=True, remedy=f"sysctl user.max_{name}_namespaces=10000")
+        return Feature(
+            title, False, f"{limit_file} is 0", needed=True, remedy=f"sysctl user.max_{name}_namespaces=10000"
+        )
     return Feature(title, True, f"at most {limit}" if limit else "present", needed=True)
 
 
 def _filesystem(proc: Path, name: str, *, needed: bool) -> Feature:
     known = {line.split()[-1] for line in _read(proc / "filesystems").splitlines() if line.strip()}
-    return Feature(name, name in known, "in /proc/filesystems" if name in known else "not loaded", needed, f"modprobe {name}")
+    return Feature(
+        name, name in known, "in /proc/filesystems" if name in known else "not loaded", needed, f"modprobe {name}"
+    )
 
 
 def _file(name: str, path: Path, detail: str, remedy: str) -> Feature:

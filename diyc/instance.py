@@ -49,7 +49,9 @@ class Instance:
 
     def recover(self, remove_cgroups: Callable[[Iterable[str]], int]) -> list[Leftover]:
         """Remove what supervisors left that no longer live. `remove_cgroups` kills what runs there and counts."""
-        found = (self._recover_one(path, remove_cgroups) for path in sorted(self._dir.glob("*.json")) if path != self._path)
+        found = (
+            self._recover_one(path, remove_cgroups) for path in sorted(self._dir.glob("*.json")) if path != self._path
+        )
         return [leftover for leftover in found if leftover is not None]
 
     def _recover_one(self, path: Path, remove_cgroups: Callable[[Iterable[str]], int]) -> Leftover | None:

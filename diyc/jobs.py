@@ -133,4 +133,20 @@ def expand(text: str, fields: dict[str, str]) -> str:
     return _FIELD.sub(one, text) if "{" in text else text
 
 
-__all__ = ["PLACEHOLDERS", "ImageSpec", "JobSpec", "Limits", "Mount", "Run", "expand", "placeholders", "replace"]
+def escape(text: str) -> str:
+    """The text that expand() turns into `text`, whatever braces it has."""
+    return re.sub(r"\{([\w.]+\})?", lambda match: "{{" + (match.group(1) + "}" if match.group(1) else ""), text)
+
+
+__all__ = [
+    "PLACEHOLDERS",
+    "ImageSpec",
+    "JobSpec",
+    "Limits",
+    "Mount",
+    "Run",
+    "escape",
+    "expand",
+    "placeholders",
+    "replace",
+]

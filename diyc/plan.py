@@ -260,7 +260,11 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
 
 def _identity(box: Box) -> tuple[Step, ...]:
     joins = tuple(
-        Step("cgroup_join", "the child enters a v1 cgroup itself: moved from outside it would wait for RCU", fd=f"tasks{i}")
+        Step(
+            "cgroup_join",
+            "the child enters a v1 cgroup itself: moved from outside it would wait for RCU",
+            fd=f"tasks{i}",
+        )
         for i in range(box.joins)
     )
     return (
@@ -273,7 +277,9 @@ def _identity(box: Box) -> tuple[Step, ...]:
         Step("setgroups", "none of the supervisor's groups", data=b""),
         Step("setresgid", "group 0 of the new user namespace", flags=0),
         Step("setresuid", "user 0 of the new user namespace: unmapped ids can create nothing", flags=0),
-        Step("unshare", "after joining, so that /proc/self/cgroup shows the job's own cgroup as /", flags=CLONE_NEWCGROUP),
+        Step(
+            "unshare", "after joining, so that /proc/self/cgroup shows the job's own cgroup as /", flags=CLONE_NEWCGROUP
+        ),
         Step("mark", "how long the cgroups took", flags=MARK_JOINED),
     )
 
@@ -301,7 +307,12 @@ def _root(spec: JobSpec) -> tuple[Step, ...]:
                 ("root", "the new root"),
             )
         ),
-        Step("move_mount", "the image, prepared by the supervisor: its root is the job's root", fd="layer", target="/scratch/lower"),
+        Step(
+            "move_mount",
+            "the image, prepared by the supervisor: its root is the job's root",
+            fd="layer",
+            target="/scratch/lower",
+        ),
         Step(
             "mount",
             "the image below, the job's writes above; they vanish with the namespace",
@@ -317,11 +328,30 @@ def _root(spec: JobSpec) -> tuple[Step, ...]:
 def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
     safe = ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC
     shm = min(SHM_SIZE, spec.limits.memory or SHM_SIZE)
-    attach = (("proc", "only the job's own processes"), ("sys", "read-only, its own network only"), ("dev", "six harmless devices, read-only"))
+    attach = (
+        ("proc", "only the job's own processes"),
+        ("sys", "read-only, its own network only"),
+        ("dev", "six harmless devices, read-only"),
+    )
     return (
-        Step("fsmount", "made while the old /proc is in sight, as the kernel demands", out="proc", type="proc", flags=safe, data=b""),
-        Step("fsmount", "sysfs of the new network namespace", out="sys", type="sysfs", flags=safe | ATTR_RDONLY, data=b""),
-        Step("open_tree", "a clone of the /dev that the spawner prepared", out="dev", source="/dev", flags=OPEN_TREE_CLONE | O_CLOEXEC),
+        Step(
+            "fsmount",
+            "made while the old /proc is in sight, as the kernel demands",
+            out="proc",
+            type="proc",
+            flags=safe,
+            data=b"",
+        ),
+        Step(
+            "fsmount", "sysfs of the new network namespace", out="sys", type="sysfs", flags=safe | ATTR_RDONLY, data=b""
+        ),
+        Step(
+            "open_tree",
+            "a clone of the /dev that the spawner prepared",
+            out="dev",
+            source="/dev",
+            flags=OPEN_TREE_CLONE | O_CLOEXEC,
+        ),
         Step("pivot_root", "from here on every path is the container's; the host's are gone", target="/scratch/root"),
         *(
             step
@@ -403,7 +433,7 @@ def _mount_point(target: str, *, directory: bool) -> list[Step]:
 
 
 def _names(spec: JobSpec, box: Box) -> tuple[Step, ...]:
-    name, _, domain = box.hostname.partition(".")
+    domain = box.hostname.partition(".")[2]
     steps = [
         Step("sethostname", "in its own UTS namespace", data=box.hostname.encode()),
         Step("setdomainname", "not the host's NIS domain", data=(domain or "localdomain").encode()),
@@ -418,7 +448,13 @@ def _descriptors() -> tuple[Step, ...]:
         Step("dup", "standard input", fd="stdin", flags=0),
         Step("dup", "standard output", fd="stdout", flags=1),
         Step("dup", "standard error", fd="stderr", flags=2),
-        Step("dup", "closed by execve; until then it tells whether the supervisor lives", fd="supervisor", flags=SUPERVISOR_FD, data=b"cloexec"),
+        Step(
+            "dup",
+            "closed by execve; until then it tells whether the supervisor lives",
+            fd="supervisor",
+            flags=SUPERVISOR_FD,
+            data=b"cloexec",
+        ),
         Step("close_from", "no descriptor of the supervisor reaches the job", flags=SUPERVISOR_FD + 1),
     )
 
@@ -432,7 +468,11 @@ def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
     user = box.user
     groups = struct.pack(f"<{len(user.groups)}I", *user.groups)
     return (
-        Step("chdir", "after the descriptors are closed: none can lead out of the root (CVE-2024-21626)", target=spec.workdir),
+        Step(
+            "chdir",
+            "after the descriptors are closed: none can lead out of the root (CVE-2024-21626)",
+            target=spec.workdir,
+        ),
         _rlimit(RLIMIT_NOFILE, spec.limits.nofile, "limits.nofile"),
         _rlimit(RLIMIT_CORE, spec.limits.core, "limits.core"),
         Step("bounding_set", "execve can give back no other capability", flags=box.capabilities),
@@ -440,7 +480,9 @@ def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
         Step("setresgid", "the job's group", flags=user.gid),
         Step("setresuid", "the job's user", flags=user.uid),
         Step("clear_ambient", "nothing is inherited by way of the ambient set"),
-        Step("capset", "cap_add" if box.capabilities else "no capability", flags=box.capabilities if user.uid == 0 else 0),
+        Step(
+            "capset", "cap_add" if box.capabilities else "no capability", flags=box.capabilities if user.uid == 0 else 0
+        ),
         Step("no_new_privs", "setuid and file capabilities of the image have no effect"),
         Step("pdeathsig", "again: a change of credentials clears it", fd="supervisor_kept", flags=SIGKILL),
         Step("signals", "what the supervisor ignores or blocks is not inherited"),

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from diyc import _core
 from diyc.errors import HostError, SetupError
@@ -129,9 +130,7 @@ def _compile(plan: Plan) -> _core.Plan:
 
 def _steps(dequeued: int, started: int, marks: tuple[int, ...]) -> dict[str, float]:
     moments = (dequeued, marks[MARK_CLONED], marks[MARK_JOINED], marks[MARK_MOUNTED], marks[MARK_EXEC], started)
-    clone, cgroup, mounts, confine, execve = (
-        round((after - before) / 1e9, 7) for before, after in zip(moments, moments[1:], strict=False)
-    )
+    clone, cgroup, mounts, confine, execve = (round((after - before) / 1e9, 7) for before, after in pairwise(moments))
     return {"cgroup": cgroup, "clone": clone, "mounts": mounts, "exec": round(confine + execve, 7)}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -167,5 +167,5 @@ def timestamp(seconds: float | None) -> str | None:
     """Seconds since the epoch as RFC 3339 UTC with microseconds."""
     if seconds is None:
         return None
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    moment = datetime.fromtimestamp(seconds, UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -90,7 +90,9 @@ class Supervisor:
     Keyword arguments are the keys of [supervisor] in jobs.toml. Entering raises HostError where this host or
     this user cannot run jobs. Several supervisors may live in one process, each on its own loop or not."""
 
-    def __init__(self, config: SupervisorConfig | None = None, *, on_start: OnStart | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: SupervisorConfig | None = None, *, on_start: OnStart | None = None, **settings: Any
+    ) -> None:
         self.config = config if config is not None else supervisor_from_mapping(settings)
         self.leftovers: list[Leftover] = []
         self.warnings: list[str] = []
@@ -99,7 +101,7 @@ class Supervisor:
         self._sequence = itertools.count()
         self._prepared: dict[JobSpec, Prepared] = {}
 
-    # -- life ------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Supervisor:
         load_overlay()
@@ -153,7 +155,7 @@ class Supervisor:
         if self._state.graves:
             await asyncio.wait(self._state.graves, timeout=CLOSE_PATIENCE)
 
-    # -- submission --------------------------------------------------------------------------------------------------
+    # -- submission --------------------------------------------------------------------------------
 
     async def prepare(self, spec: JobSpec) -> Prepared:
         """Get a job's image ready and check that this host can run it.
@@ -173,7 +175,9 @@ class Supervisor:
     def _check_limits(self, spec: JobSpec) -> None:
         problems = self.cgroups.unsupported(spec.limits)
         if (spec.limits.memory or 0) > self.config.max_memory:
-            raise DiycError(f"job {spec.name}: limits.memory is above the supervisor's max_memory: it could never start")
+            raise DiycError(
+                f"job {spec.name}: limits.memory is above the supervisor's max_memory: it could never start"
+            )
         if problems and self.config.enforce == "strict":
             remedy = 'set supervisor.enforce = "best-effort" to run without'
             raise HostError("limits", f"job {spec.name}: " + "; ".join(problems) + f"; {remedy}")
@@ -234,7 +238,7 @@ class Supervisor:
                 raise _stopped()
             yield result
 
-    # -- admission ------------------------------------------------------------------------------------------------------
+    # -- admission ---------------------------------------------------------------------------------
 
     def _admit_soon(self) -> None:
         if not self._state.admitting:
@@ -278,7 +282,9 @@ class Supervisor:
         batch.running += 1
         state.queued -= 1
         state.memory += spec.limits.memory or 0
-        execution = Execution(self._services, batch.prepared, run, batch.queued_at, self._ended, batch.sink, batch.stdin)
+        execution = Execution(
+            self._services, batch.prepared, run, batch.queued_at, self._ended, batch.sink, batch.stdin
+        )
         state.running[run.run_id] = (execution, batch)
         if self._on_start is not None:
             self._on_start(run)
@@ -300,7 +306,7 @@ class Supervisor:
         if not state.running and (state.draining or not state.queue):
             self._idle.set()
 
-    # -- the end of runs ---------------------------------------------------------------------------------------------
+    # -- the end of runs ---------------------------------------------------------------------------
 
     async def wait(self) -> None:
         """Return when nothing runs and nothing can start any more."""
@@ -339,7 +345,7 @@ class Supervisor:
         self._state.graves.add(task)
         task.add_done_callback(self._state.graves.discard)
 
-    # -- figures -------------------------------------------------------------------------------------------------------
+    # -- figures -----------------------------------------------------------------------------------
 
     @property
     def running(self) -> int:

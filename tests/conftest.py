@@ -10,11 +10,16 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
+from hypothesis import settings
 
 from leakcheck import Snapshot, settled_leaks, snapshot
 from needs import require
 
 T = TypeVar("T")
+
+# No test passes or fails by its speed.
+settings.register_profile("diyc", deadline=None)
+settings.load_profile("diyc")
 
 FACTORIES = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 

@@ -101,9 +101,15 @@ def _memory_figures(read: Read) -> Figures:
         memory_current_bytes=usage,
         memory_working_set_bytes=working_set(usage, value_of(read("memory.stat"), b"total_inactive_file")),
         memory_peak_bytes=number(read("memory.max_usage_in_bytes")),
-        memory_limit_hits=number(read("memory.failcnt")),
+        memory_limit_hits=_limit_hits(number(read("memory.failcnt")), number(read("memory.memsw.failcnt"))),
         oom_kills=value_of(read("memory.oom_control"), b"oom_kill"),
     )
+
+
+def _limit_hits(memory: int | None, memory_and_swap: int | None) -> int | None:
+    """The kernel asks the sum's limit first and counts a refusal there alone: with swap = 0, where both limits are
+    the same, memory.failcnt stays 0."""
+    return None if memory is None else memory + (memory_and_swap or 0)
 
 
 def _pids_figures(read: Read) -> Figures:

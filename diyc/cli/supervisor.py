@@ -182,12 +182,12 @@ class _Session:
         options = self._options
         if options.joblog is not None:
             try:
-                log = self._closing.enter_context(open(options.joblog, "a", encoding="utf-8"))
+                log = open(options.joblog, "a", encoding="utf-8")  # noqa: SIM115  closed by the ExitStack
             except OSError as error:
                 raise ConfigError(
                     [Problem("--joblog", None, options.joblog, f"cannot be opened: {error.strerror}")]
                 ) from error
-            self._writers.append(_line_writer(log))
+            self._writers.append(_line_writer(self._closing.enter_context(log)))
         if options.json:
             self._writers.append(_line_writer(sys.stdout))
 

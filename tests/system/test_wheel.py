@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +23,10 @@ from sources import ROOT
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """dist/ as `make wheel` fills it: the wheel is built from the source archive alone."""
     directory = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(ROOT)]
+    tree = tmp_path_factory.mktemp("tree") / "diyc"
+    made = (".git", ".venv", "build", "dist", "*.egg-info", "*.so", "*_cache", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*made))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(tree)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return directory

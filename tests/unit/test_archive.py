@@ -100,7 +100,7 @@ def test_implicit_directories_are_open_to_all_whatever_the_umask(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "GNU"])
 def test_long_names_and_links_come_out_whole(kind: int, tmp_path: Path) -> None:
-    name = "/".join(["directory-%02d" % depth for depth in range(30)]) + "/file"
+    name = "/".join([f"directory-{depth:02}" for depth in range(30)]) + "/file"
     link = ("s", b"", {"type": tarfile.SYMTYPE, "linkname": name})
     unpack(io.BytesIO(pack((name, b"deep", {}), link, kind=kind)), tmp_path)
     assert (tmp_path / name).read_bytes() == b"deep"
@@ -160,14 +160,14 @@ def test_root_gives_files_their_owners_and_keeps_setuid(tmp_path: Path) -> None:
 def test_archive_cut_anywhere_is_refused_with_its_name(compression: str, tmp_path: Path) -> None:
     noise = random.Random(2).randbytes(2000)
     # Up to the first block of the end marker; compressed, also without the last byte of the checksum.
-    archive = pack(("a", b"1" * 600, {}), ("b", noise, {}))[: 4608 + 512]
+    archive = pack(("a", b"1" * 600, {}), ("b", noise, {}))[: 4096 + 512]
     whole = COMPRESSIONS[compression](archive)
     shorter = len(whole) - (512 if compression == "plain" else 1)
     for cut in {1, 100, 511, 512, 700, 1500, len(whole) // 2, shorter} & set(range(shorter + 1)):
         source, target = tmp_path / f"cut-{cut}.tar", tmp_path / f"root-{cut}"
         source.write_bytes(whole[:cut])
         target.mkdir()
-        with pytest.raises(ImageError, match=rf"{source}.*"):
+        with pytest.raises(ImageError, match=str(source)):
             unpack(source, target)
 
 
@@ -202,7 +202,7 @@ def test_frames_one_after_the_other_are_one_archive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(600), b"hello " * 200], ids=["empty", "zip", "text"])
 def test_what_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="not a tar archive|is the file complete"):
+    with pytest.raises(ImageError, match=r"not a tar archive|is the file complete"):
         unpack(io.BytesIO(content), tmp_path)
 
 

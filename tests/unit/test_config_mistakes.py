@@ -188,9 +188,10 @@ MISTAKES = [
     ("", "a string needs quotes", "[jobs.a]\ntimeout = 10s # <-"),
     ("", "a string needs quotes", "[jobs.a]\nimage = host # <-"),
     ("", "[jobs.a] stands here a second time", JOB + "[jobs.a] # <-"),
-    ("", "already set above", JOB + 'command = ["false"] # <-'),
-    ("", "expected", "[jobs.a]\ncommand = ['x\" # <-\n"),
-    ("", "unclosed array", '[jobs.a]\ncommand = ["x", # <-'),
+    ("", "the key is set a second time", JOB + 'command = ["false"] # <-'),
+    ("", "is a closing quote missing?", "[jobs.a]\ncommand = [\"x] # <-\n[jobs.b]"),
+    ("", "is a ] or a quote missing?", "[jobs.a]\ncommand = ['x\" # <-\n"),
+    ("", "is a ] or a quote missing?", '[jobs.a]\ncommand = ["x", # <-'),
     ("", "more digits", f"[jobs.a]\ncount = {'9' * 5000} # <-"),
     ("", "nested too deeply", "a = " + "[" * 5000 + "]" * 5000),
 ]  # fmt: skip

@@ -216,7 +216,7 @@ def test_a_taken_port_is_a_host_error_that_says_what_to_do(run: Runner) -> None:
 @pytest.mark.parametrize(
     "listen,advice",
     [("192.0.2.1:0", "no interface"), ("unix:/nonexistent-dir/m.sock", "create the directory"),
-     ("no-such-host.invalid:1", "choose another"), ("[::1%no-such]:1", "choose another"), ("x" * 70 + ":1", "choose another")],
+     ("[::1%no-such]:1", "choose another"), ("x" * 70 + ":1", "choose another")],
 )  # fmt: skip
 def test_an_address_that_cannot_be_had_is_explained(run: Runner, listen: str, advice: str) -> None:
     with pytest.raises(HostError, match=f"cannot listen on {re.escape(listen)}: .*{advice}"):
