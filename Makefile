@@ -22,12 +22,9 @@ help: ## this list
 	@echo
 	@echo "  Variables: PYTHON=/path/to/python3 (3.11 or later), TESTS=tests/unit/test_config.py, ARGS='more for pytest'"
 
-# Some of its jobs fail on purpose: exit status 1 is right, and the verdict of each is checked.
 demo: build ## install what is needed, run examples/jobs.toml, check every verdict
-	@if [ -x examples/prepare ]; then examples/prepare; fi
-	@mkdir -p build; rm -f build/demo.jsonl
-	$(AS_ROOT) $(BIN)/diyc-supervisor --config examples/jobs.toml --joblog build/demo.jsonl; [ $$? = 1 ]
-	$(AS_ROOT) $(BIN)/python examples/check-demo.py build/demo.jsonl
+	@examples/prepare
+	$(AS_ROOT) $(BIN)/python examples/check-demo.py
 
 build: ## .venv with diyc and its C extension in it (installs gcc, python3-venv, busybox-static if missing)
 	@scripts/setup.sh demo

@@ -20,11 +20,11 @@ from diyc.config_build import Machine, SupervisorConfig, build_jobs, build_super
 from diyc.config_checks import Context, suggestion
 from diyc.config_lines import parse_key
 from diyc.config_models import Document, json_schema
-from diyc.config_report import Report
+from diyc.config_report import Report, path_text
 from diyc.config_rules import EnvFiles, check_rules
 from diyc.errors import ConfigError, Problem
 from diyc.jobs import JobSpec
-from diyc.units import parse_size
+from diyc.units import parse_size, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +195,10 @@ def _descend(path: tuple[str, ...], tables: dict[str, Any]) -> dict[str, Any]:
     for depth, part in enumerate(path[:-1]):
         if depth == 1 and path[0] in ("jobs", "images") and part not in here:
             hint = suggestion(part, here)
-            raise ValueError(f"the file defines no {path[0]}.{part}" + (f" ({hint})" if hint else ""))
+            raise ValueError(f"the file defines no {path_text(path[:2])}" + (f" ({hint})" if hint else ""))
         inner = here.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ValueError(f"{'.'.join(path[: depth + 1])} is not a table")
+            raise ValueError(f"{path_text(path[: depth + 1])} is not a table")
         here = inner
     return here
 
@@ -249,7 +249,7 @@ def _kept_jobs(only: Iterable[str], tables: dict[str, Any], report: Report) -> C
     jobs = tables.get("jobs")
     if isinstance(jobs, dict):
         for name in sorted(chosen - jobs.keys()):
-            report.add_elsewhere(Problem("--only", None, "", f'no job is named "{name}"', suggestion(name, jobs)))
+            report.add_elsewhere(Problem("--only", None, "", f"no job is named {quoted(name)}", suggestion(name, jobs)))
     return lambda name: not chosen or name in chosen
 
 

@@ -185,7 +185,9 @@ def check_label(text: str) -> str:
 def check_image_ref(name: str, info: ValidationInfo) -> str:
     known = {"host", *context_of(info).images}
     if name not in known:
-        raise with_suggestion(f'no image is named "{name}": define [images.{name}] or use "host"', name, known)
+        raise with_suggestion(
+            f'no image is named {quoted(name)}: define it as [images.NAME] or use "host"', name, known
+        )
     return name
 
 

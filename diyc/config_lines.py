@@ -9,6 +9,8 @@ import re
 import tomllib
 from bisect import bisect_right
 
+from diyc.units import quoted
+
 Path = tuple[str | int, ...]
 
 _SPACE = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -49,7 +51,7 @@ def parse_key(text: str) -> tuple[str, ...]:
         if (dot := _DOT.match(text, position)) is None:
             break
         position = dot.end()
-    raise ValueError(f"{text!r} is not a dotted key")
+    raise ValueError(f"{quoted(text)} is not a dotted key")
 
 
 def _unquoted(key: str) -> str:

@@ -50,6 +50,7 @@ from diyc.config_values import (
     TimeOffset,
     User,
 )
+from diyc.units import quoted
 
 
 def key(description: str, **more: Any) -> Any:
@@ -272,7 +273,7 @@ def json_schema() -> dict[str, Any]:
 
 def _tidy(node: Any) -> Any:
     """The schema as an editor wants it: no null defaults (a key may be left out, but not be null), no titles made
-    from names, no pattern that only keeps NUL out, and for open tables one spelling whatever pydantic's release."""
+    from names, no pattern that only keeps NUL out; references and open tables spelt as pydantic 2.9 does and after."""
     if isinstance(node, list):
         return [_tidy(item) for item in node]
     if not isinstance(node, dict):
@@ -287,6 +288,8 @@ def _tidy(node: Any) -> Any:
         del tidy["default"]
     if tidy.get("pattern") == NO_NUL:
         del tidy["pattern"]
+    if len(tidy.get("allOf", ())) == 1:
+        tidy |= tidy.pop("allOf")[0]
     if "patternProperties" in tidy:
         ((pattern, tidy["additionalProperties"]),) = tidy.pop("patternProperties").items()
         if pattern != NO_NUL:
@@ -299,6 +302,6 @@ def _mark_not_built(path: str, schema: dict[str, Any]) -> None:
     for part in path.split("."):
         described = here["additionalProperties"] if part == "*" else here["properties"][part]
         here = schema["$defs"][described["$ref"].rpartition("/")[2]] if "$ref" in described else described
-    accepted = [str(value) for value in BUILT[path] if value not in ({}, [], "")]
+    accepted = [quoted(value) for value in BUILT[path] if value not in ({}, [], "")]
     exception = f" but for {', '.join(accepted)}" if accepted else ""
     described["description"] = f"{described.get('description', '')} (Not built yet{exception}.)".strip()

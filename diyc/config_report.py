@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from diyc.config_checks import suggestion
 from diyc.config_lines import Lines, Path
 from diyc.config_models import Document
 from diyc.errors import ConfigError, Problem
-from diyc.units import quoted
+from diyc.units import printable, quoted
 
 # What people who come from Compose, systemd or GitHub Actions may write.
 _OTHER_NAMES = {
@@ -91,7 +91,8 @@ class Report:
 
     def add_elsewhere(self, problem: Problem) -> None:
         """Report a problem that lies outside the file itself: in an env_file, on the command line."""
-        self._elsewhere.append(problem)
+        key, message = printable(problem.key), printable(problem.message)
+        self._elsewhere.append(replace(problem, key=key, message=message))
 
     def override(self, path: Path, source: str) -> None:
         """Note that the value at `path` came from `source` and not from the file."""
@@ -123,7 +124,7 @@ class Report:
         shown = finding.path
         if self._hidden_prefix and shown[: len(self._hidden_prefix)] == self._hidden_prefix:
             shown = shown[len(self._hidden_prefix) :]
-        return Problem(file, line, path_text(shown), finding.message, finding.hint)
+        return Problem(file, line, path_text(shown), printable(finding.message), finding.hint)
 
 
 def path_text(path: Sequence[str | int]) -> str:

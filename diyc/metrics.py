@@ -152,7 +152,7 @@ _HISTOGRAMS = (
     ),
     (
         "diyc_job_setup_seconds",
-        "From clone to execve: the building of the container.",
+        "From the end of the queue to execve: the building of the container.",
         Buckets(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1),
     ),
     (

@@ -207,8 +207,7 @@ def quoted(value: object) -> str:
     """A value as messages show it: on one line, as TOML writes it, its end left out where it is long."""
     match value:
         case str():
-            text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in value[:60])
-            return f'"{text}"' if len(value) <= 60 else f'"{text[:50]}..."'
+            return f'"{printable(value)}"' if len(value) <= 60 else f'"{printable(value[:50])}..."'
         case bool():
             return str(value).lower()
         case int() if value.bit_length() > 256:  # str() of an integer beyond 4,300 digits raises
@@ -218,3 +217,8 @@ def quoted(value: object) -> str:
         case dict():
             return "a table"
     return str(value)
+
+
+def printable(text: str) -> str:
+    """Text for one line of a terminal: control characters, line ends and lone surrogates become U+FFFD."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

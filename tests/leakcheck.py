@@ -1,7 +1,8 @@
 """The leak check: what the kernel and this process hold before a test and after it, by name.
 
-A snapshot counts mounts, cgroups, network namespaces, mount namespaces of our own threads, links, descriptors,
-children and files. Whatever is there more often afterwards, once the kernel had time to clean up, is a leak."""
+A snapshot counts mounts, cgroups, namespaces, links, descriptors, children and files. Whatever is there more often
+afterwards, once the kernel had time to clean up, is a leak. Other services of the machine come and go meanwhile, so
+cgroups count if their path names diyc, and namespaces if a process of ours or in such a cgroup is in them."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ from pathlib import Path
 
 Snapshot = dict[str, Counter[str]]
 
+MARK = "diyc"
 # What a state directory is for; anything else below it belongs to a run and goes with the run.
 KEPT = ("images", "logs", "record")
+# What stays in a runtime directory by itself; what lies in there belongs to a supervisor and goes with it.
+STANDING = ("instances", "host-root-lock")
 
 
 def snapshot(places: Iterable[Path] = (), proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Snapshot:
@@ -24,11 +28,11 @@ def snapshot(places: Iterable[Path] = (), proc: Path = Path("/proc"), sys: Path 
     kinds: dict[str, Iterable[str]] = {
         "mount": mounts(me),
         "cgroup": cgroups(me),
-        "network namespace": {link(path) for path in proc.glob("[0-9]*/ns/net")} - {""},
-        "mount namespace": {link(path) for path in me.glob("task/*/ns/mnt")} - {""},
+        "network namespace": {link(process / "ns/net") for process in ours(proc)} - {""},
+        "mount namespace": {link(thread / "ns/mnt") for thread in me.glob("task/*")} - {""},
         "link": names(sys / "class/net"),
         "descriptor": filter(None, (link(path) for path in me.glob("fd/*"))),
-        "child": children(proc),
+        "child": (f"{pid} ({text(proc / pid / 'comm').strip()})" for pid in children(proc, "self")),
         "file": files(places),
     }
     return {kind: Counter(found) for kind, found in kinds.items()}
@@ -60,10 +64,11 @@ def mounts(me: Path) -> Iterator[str]:
 
 
 def cgroups(me: Path) -> Iterator[str]:
-    """Every cgroup below our own, in every hierarchy that is mounted."""
+    """Every cgroup of diyc's below our own, in every hierarchy that is mounted."""
     for own in own_cgroups(me):
         for directory, below, _ in os.walk(own):
-            yield from (os.path.join(directory, name) for name in below)
+            paths = (os.path.join(directory, name) for name in below)
+            yield from (path for path in paths if MARK in os.path.relpath(path, own))
 
 
 def own_cgroups(me: Path) -> list[Path]:
@@ -85,20 +90,34 @@ def own_cgroups(me: Path) -> list[Path]:
     return found
 
 
-def children(proc: Path) -> Iterator[str]:
-    """Our children, dead ones that nobody waited for too, as `PID (COMMAND)`."""
-    for task in (proc / "self").glob("task/*/children"):
-        for pid in text(task).split():
-            yield f"{pid} ({text(proc / pid / 'comm').strip()})"
+def ours(proc: Path) -> Iterator[Path]:
+    """/proc/PID of this process, of its descendants, and of whatever runs in a cgroup of diyc's."""
+    family = {str(os.getpid()), *descendants(proc, "self")}
+    for process in proc.glob("[0-9]*"):
+        if process.name in family or MARK in text(process / "cgroup"):
+            yield process
+
+
+def descendants(proc: Path, pid: str) -> Iterator[str]:
+    for child in children(proc, pid):
+        yield child
+        yield from descendants(proc, child)
+
+
+def children(proc: Path, pid: str) -> Iterator[str]:
+    """The PIDs of a process's children, dead ones that nobody waited for too."""
+    for task in (proc / pid).glob("task/*/children"):
+        yield from text(task).split()
 
 
 def files(places: Iterable[Path]) -> Iterator[str]:
     for place in places:
+        standing = {str(place / name) for name in STANDING}
         for directory, below, plain in os.walk(place):
             if Path(directory) == place:
-                below[:] = [name for name in below if not name.startswith(KEPT)]
-                plain = [name for name in plain if not name.startswith(KEPT)]
-            yield from (os.path.join(directory, name) for name in plain + below)
+                below[:] = [name for name in below if name not in KEPT]
+            found = {os.path.join(directory, name) for name in plain + below}
+            yield from found - standing
 
 
 def names(directory: Path) -> list[str]:

@@ -24,6 +24,7 @@ from diyc.cgroups.draft import (
 from diyc.jobs import Limits
 
 _MEMSW = "memory.memsw.limit_in_bytes"
+_LARGEST_CHARGE = 2 * 1024**2  # a transparent huge page
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -96,20 +97,26 @@ def _hugetlb(limits: Limits, draft: Draft) -> None:
 
 
 def _memory_figures(read: Read) -> Figures:
-    usage = number(read("memory.usage_in_bytes"))
+    usage, peak = number(read("memory.usage_in_bytes")), number(read("memory.max_usage_in_bytes"))
+    stat = read("memory.stat")
     return found(
         memory_current_bytes=usage,
-        memory_working_set_bytes=working_set(usage, value_of(read("memory.stat"), b"total_inactive_file")),
-        memory_peak_bytes=number(read("memory.max_usage_in_bytes")),
-        memory_limit_hits=_limit_hits(number(read("memory.failcnt")), number(read("memory.memsw.failcnt"))),
+        memory_working_set_bytes=working_set(usage, value_of(stat, b"total_inactive_file")),
+        memory_peak_bytes=peak,
+        memory_limit_hits=_limit_hits(read, peak, value_of(stat, b"hierarchical_memory_limit")),
         oom_kills=value_of(read("memory.oom_control"), b"oom_kill"),
     )
 
 
-def _limit_hits(memory: int | None, memory_and_swap: int | None) -> int | None:
-    """The kernel asks the sum's limit first and counts a refusal there alone: with swap = 0, where both limits are
-    the same, memory.failcnt stays 0."""
-    return None if memory is None else memory + (memory_and_swap or 0)
+def _limit_hits(read: Read, peak: int | None, limit: int | None) -> int | None:
+    """How often a limit refused memory. The kernel asks the limit of memory and swap together first, and counts a
+    refusal only there; some kernels (6.18, by experiment) do not count that one at all. With swap = 0 the two limits
+    are the same, so no refusals with the peak at the limit means: unknown."""
+    counts = [number(read(file)) for file in ("memory.failcnt", "memory.memsw.failcnt")]
+    hits = sum(count or 0 for count in counts)
+    if counts[0] is None or (hits == 0 and peak is not None and limit is not None and peak > limit - _LARGEST_CHARGE):
+        return None
+    return hits
 
 
 def _pids_figures(read: Read) -> Figures:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 
 from diyc.errors import ImageError
 from diyc.images.archive import DEFAULT_LIMITS, unpack
@@ -177,15 +177,15 @@ def _used_in_place(spec: ImageSpec) -> str:
     return path
 
 
-def _open(source: str, spec: ImageSpec) -> BinaryIO:
+def _open(source: str, spec: ImageSpec) -> BufferedReader:
     """Open the archive; a FIFO or a device in its place is refused without waiting for it."""
     try:
         with ExitStack() as stack:
-            file = stack.enter_context(open(source, "rb", buffering=128 * 1024, opener=_open_at_once))
+            file = stack.enter_context(FileIO(source, opener=_open_at_once))
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ImageError(f"image {spec.name!r}: {source} is not a regular file")
             stack.pop_all()
-            return file
+            return BufferedReader(file, 128 * 1024)
     except OSError as error:
         raise ImageError(f"image {spec.name!r}: cannot open {source}: {error.strerror}") from error
 

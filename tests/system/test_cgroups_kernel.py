@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import uvloop
 
 from diyc.cgroups import CgroupHost, Cgroups, RunCgroup, detect, open_cgroups, remove_leftovers
 from diyc.errors import HostError
@@ -39,10 +40,12 @@ except BlockingIOError:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 """
-BURN = """
-import os, sys
-while sum(os.times()[:2]) < float(sys.argv[1]):
-    pass
+BURN_UNTIL_THROTTLED = """
+import sys, time
+start = time.process_time()
+while "nr_throttled 0\\n" in open(sys.argv[1]).read():
+    sum(range(100_000))
+print(time.process_time() - start)
 """
 # A tree of eight processes, two sessions deep, that ignores whatever it can.
 TREE = """
@@ -57,6 +60,12 @@ os.write(1, b".")
 while True:
     signal.pause()
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libuv_is_loaded() -> None:
+    """libuv opens a pipe at its first loop and keeps it, which is no leak of a test."""
+    uvloop.new_event_loop().close()
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +152,7 @@ def test_memory_over_the_limit_is_an_oom_kill_and_counted(cgroups: Cgroups, star
     figures = run.figures()
     removed(run)
     assert figures.oom_kills == 1
-    assert figures.memory_limit_hits is not None
-    assert figures.memory_limit_hits > 0
+    assert figures.memory_limit_hits != 0  # None where the kernel does not count them
     assert figures.memory_peak_bytes is None or 16 * MIB < figures.memory_peak_bytes <= 32 * MIB
 
 
@@ -163,20 +171,21 @@ def test_a_run_within_its_limits_has_no_kills_and_no_hits(cgroups: Cgroups, star
     assert start(run, "pass").wait() == 0
     figures = run.figures()
     removed(run)
-    assert (figures.oom_kills, figures.pids_limit_hits) == (0, 0)
+    assert (figures.oom_kills, figures.memory_limit_hits, figures.pids_limit_hits) == (0, 0, 0)
     assert figures.pids_current == 0
     assert figures.io_read_bytes is not None
 
 
 def test_cpu_time_is_measured_and_the_quota_throttles(cgroups: Cgroups, start: Start) -> None:
     require("cgroup.cpu")
-    run = cgroups.create("cpu", Limits(cpus=0.5))
-    assert start(run, BURN, "0.3").wait() == 0
+    run = cgroups.create("cpu", Limits(cpus=0.1))
+    child = start(run, BURN_UNTIL_THROTTLED, f"{run.dirs['cpu']}/cpu.stat")
+    output, _ = child.communicate()
     figures = run.figures()
     removed(run)
     assert figures.cpu_usage_s is not None
-    assert 0.25 < figures.cpu_usage_s < 30
     assert figures.cpu_user_s is not None
+    assert figures.cpu_usage_s >= float(output) > 0
     assert figures.throttled_periods is not None
     assert figures.throttled_periods > 0
     assert figures.throttled_s is not None

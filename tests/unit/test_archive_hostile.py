@@ -477,10 +477,17 @@ def test_canaries_see_an_unpacker_that_trusts_the_archive(arena: Arena, monkeypa
         before = one.snapshot()
         if len(archive) < 1024**2:
             _trusting_unpack(archive, one.target)
-        if one.snapshot() != before:
+        if _is_changed(one, before):
             escaped.append(name)
     assert {"dotdot file", "file through a relative link", "file over a relative link", "absolute path"} <= set(escaped)
     assert len(escaped) >= 20, escaped
+
+
+def _is_changed(arena: Arena, before: dict[str, tuple[object, ...]]) -> bool:
+    try:
+        return arena.snapshot() != before
+    except PermissionError:  # an attack took the permission to look away
+        return True
 
 
 def _trusting_unpack(archive: bytes, target: Path) -> None:
@@ -546,7 +553,7 @@ ENTRIES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(entries=st.lists(ENTRIES, min_size=1, max_size=12))
 def test_random_entries_change_nothing_outside(
     entries: list[tuple[bytes, bytes, bytes]], tmp_path_factory: pytest.TempPathFactory
@@ -564,7 +571,7 @@ def test_random_entries_change_nothing_outside(
     assert arena.snapshot() == before
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(entries=st.lists(ENTRIES, min_size=1, max_size=12), data=st.data())
 def test_damaged_archives_end_in_an_image_error_or_a_tree_inside(
     entries: list[tuple[bytes, bytes, bytes]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -899,6 +899,34 @@ def test_each_figure_file_is_read_once(world: World, cgroups: Cgroups, monkeypat
     finish(run)
 
 
+@pytest.mark.parametrize(
+    "failures,sum_failures,peak,hits",
+    [
+        ("3", "0", 64, 3),
+        ("0", "2", 64, 2),
+        ("0", "0", 64, None),
+        ("0", "0", 63, None),
+        ("0", "0", 62, 0),
+        ("4", "", 64, 4),
+    ],
+    ids=["memory", "memory and swap", "uncounted at the limit", "just below", "far below", "no swap accounting"],
+)
+def test_v1_limit_hits_are_unknown_where_the_kernel_did_not_count_them(
+    make: Callable[..., World], failures: str, sum_failures: str, peak: int, hits: int | None
+) -> None:
+    cgroups = make("v1").open()
+    run = cgroups.create("r", Limits(memory=64 * MIB))
+    directory = Path(run.dirs["memory"])
+    (directory / "memory.failcnt").write_text(f"{failures}\n")
+    if sum_failures:
+        (directory / "memory.memsw.failcnt").write_text(f"{sum_failures}\n")
+    (directory / "memory.max_usage_in_bytes").write_text(f"{peak * MIB}\n")
+    (directory / "memory.stat").write_text(f"hierarchical_memory_limit {64 * MIB}\n")
+    assert run.figures().memory_limit_hits == hits
+    finish(run)
+    cgroups.close()
+
+
 def test_a_working_set_is_never_negative(make: Callable[..., World]) -> None:
     world = make("v2")
     cgroups = world.open()

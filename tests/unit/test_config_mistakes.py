@@ -184,7 +184,7 @@ MISTAKES = [
     ),
     ("jobs.a.env.X", "contains a NUL", JOB + "env.'Y' = '''\nX = 1\n'''''\nenv.\"X\" = \"\\u0000\" # <-"),
     # TOML itself
-    ("", 'not valid TOML in column 11', "[jobs.a]\nmemory = 64MiB # <-"),
+    ("", 'not valid TOML in column 12', "[jobs.a]\nmemory = 64MiB # <-"),
     ("", "a string needs quotes", "[jobs.a]\ntimeout = 10s # <-"),
     ("", "a string needs quotes", "[jobs.a]\nimage = host # <-"),
     ("", "[jobs.a] stands here a second time", JOB + "[jobs.a] # <-"),

@@ -72,11 +72,13 @@ def test_child_that_nobody_waited_for_is_a_leak() -> None:
 
 def test_leaked_file_of_a_run_is_named_and_a_kept_image_is_not(tmp_path: Path) -> None:
     def fill() -> None:
-        for path in (tmp_path / "runs/01J/stdout", tmp_path / "images/sha256/x"):
-            path.parent.mkdir(parents=True)
-            path.touch()
+        for name in ("runs/01J/stdout", "images/sha256/x", "instances/01K.json"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
 
-    assert leaked_by(fill, tmp_path) == [f"file: {tmp_path / name}" for name in ("runs", "runs/01J", "runs/01J/stdout")]
+    leaked = ("instances/01K.json", "runs", "runs/01J", "runs/01J/stdout")
+    found = [line for line in leaked_by(fill, tmp_path) if line.startswith("file: ")]
+    assert found == [f"file: {tmp_path / name}" for name in leaked]
 
 
 def test_leaked_link_is_named(tmp_path: Path) -> None:
@@ -164,4 +166,5 @@ def test_fixture_fails_a_test_that_leaks_and_says_what(tmp_path: Path) -> None:
         check=False,
     )
     assert "2 passed, 1 error" in run.stdout, run.stdout + run.stderr
-    assert f"left behind by this test:\n  descriptor: {tmp_path}" in run.stdout
+    assert "left behind by this test:\n" in run.stdout
+    assert f"\n  descriptor: {tmp_path}\n" in run.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -195,6 +196,14 @@ def test_the_live_display_is_drawn_a_few_times_a_second_whatever_the_rate(live: 
         progress.started(f"run-{index}", "sum", index)
         progress.finished(result(index))
     assert stream.getvalue().count("%") - before <= 8
+    assert 0 < progress._live.refresh_per_second <= 8
+
+
+@pytest.mark.usefixtures("live")
+def test_standard_output_does_not_pass_through_the_live_display() -> None:
+    assert sys.stdout is not None
+    assert "rich" not in type(sys.stdout).__module__
+    assert "rich" not in type(sys.stderr).__module__
 
 
 def test_control_characters_are_escaped_in_the_live_display(live: Any) -> None:
@@ -265,7 +274,6 @@ def test_no_color_is_respected_in_the_live_display(
 
 def test_plain_output_does_not_load_rich() -> None:
     import subprocess
-    import sys
 
     code = (
         "import io, sys; from diyc.cli.progress import make_progress; make_progress('auto', io.StringIO(), {});"

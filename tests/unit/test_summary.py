@@ -87,6 +87,11 @@ def test_slowest_and_hungriest_are_the_top_three_in_order() -> None:
     assert summary["slowest"][0]["run_id"] == "run-sum-1"
 
 
+def test_of_equal_runs_the_first_are_named() -> None:
+    summary = tally(*(result(i, wall_s=2.0) for i in range(9))).to_json()
+    assert [run["index"] for run in summary["slowest"]] == [0, 1, 2]
+
+
 def test_only_the_first_ten_failures_are_listed_but_all_are_counted() -> None:
     made = tally(*(result(i, Verdict.EXIT, reason=f"exit status {i}", exit_code=i) for i in range(1, 30)))
     failures = made.to_json()["failures"]
