@@ -6,7 +6,7 @@ The names are loaded on first use, so that `import diyc` and `diyc --version` co
 
 TYPE_CHECKING = False  # typing's own would load typing; type checkers know the name
 if TYPE_CHECKING:
-    from diyc.jobs import JobSpec as Job
+    from diyc.api import Job
     from diyc.results import Result, Verdict
     from diyc.supervisor import Supervisor
 
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["Job", "Result", "Supervisor", "Verdict", "__version__"]
 
 _HOME = {
-    "Job": ("diyc.jobs", "JobSpec"),
+    "Job": ("diyc.api", "Job"),
     "Result": ("diyc.results", "Result"),
     "Supervisor": ("diyc.supervisor", "Supervisor"),
     "Verdict": ("diyc.results", "Verdict"),

@@ -165,6 +165,9 @@ def _syntax_problem(message: str, text: str, file: str) -> Problem:
         line = text.count("\n") + (not text.endswith("\n"))
         return Problem(file, line, "", f"not valid TOML: the file ends too early: {what}", "is a ] or a quote missing?")
     hint = next((hint for start, hint in _SYNTAX_HINTS if what.startswith(start)), None)
+    rest_of_line = text.split("\n")[int(place[1]) - 1][int(place[2]) - 1 :].strip()
+    if what.startswith("invalid initial character for a key") and rest_of_line[:1] in ("", "#"):
+        hint = "a { } table must end on the line it starts on; a [table] header may take many lines"
     return Problem(file, int(place[1]), "", f"not valid TOML in column {place[2]}: {what}", hint)
 
 

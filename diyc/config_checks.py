@@ -135,6 +135,8 @@ def check_mount_target(path: str) -> str:
 
 
 def existing(kind: str, test: Callable[[str], bool]) -> Callable[[str, ValidationInfo], str]:
+    """A check that a host path exists and passes `test`; it returns the path as an absolute one."""
+
     def check(path: str, info: ValidationInfo) -> str:
         check_not_empty(path)
         absolute = in_base(path, info)
@@ -299,10 +301,13 @@ def parse_path_list(value: object) -> object:
 
 
 def or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`parse`, but None for the word "none", which lifts a limit."""
     return lambda value: None if value == "none" else parse(value)
 
 
 def size_from(least: int = 0) -> Callable[[Any], int]:
+    """A parser of sizes of at least that many bytes."""
+
     def parse(value: Any) -> int:
         size = parse_size(value)
         if size < least:
@@ -313,6 +318,8 @@ def size_from(least: int = 0) -> Callable[[Any], int]:
 
 
 def duration_from(least: float = 0.0) -> Callable[[Any], float]:
+    """A parser of durations of at least that many seconds."""
+
     def parse(value: Any) -> float:
         seconds = parse_duration(value)
         if seconds < least:
@@ -326,7 +333,7 @@ def parse_cpus(value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f'{quoted(value)} is not a number of CPUs (try 1.5, or "none")')
     if not 0.01 <= value <= 8192:
-        raise ValueError(f"must be from 0.01 to 8192 CPUs, not {value}")
+        raise ValueError(f"must be from 0.01 to 8192 CPUs, not {quoted(value)}")
     return float(value)
 
 

@@ -100,7 +100,7 @@ def format_size(size: int) -> str:
 def _exact(size: int, units: dict[str, int]) -> str | None:
     unit = _unit_for(size, units)
     hundredths, rest = divmod(size * 100, units[unit])
-    if rest or hundredths < 100:
+    if rest:
         return None
     return f"{_trimmed(hundredths // 100, hundredths % 100, 2)} {unit}"
 

@@ -65,7 +65,9 @@ def check(results: list[dict[str, Any]], page: str) -> list[str]:
     facts = {
         "500 squares are right": sorted(int(r["stdout"]) for r in by_job.get("squares", []))
         == [n * n for n in range(500)],
-        "there are 17,984 primes below 200,000": sum(json.loads(r["stdout"])["primes"] for r in by_job.get("primes", []))
+        "there are 17,984 primes below 200,000": sum(
+            json.loads(r["stdout"])["primes"] for r in by_job.get("primes", [])
+        )
         == 17984,
         "the flood was cut at 64 KiB": [len(r["stdout"]) for r in by_job.get("flood", [])] == [65536],
         "the fork bomb hit its limit": all(r["pids_limit_hits"] != 0 for r in by_job.get("fork_bomb", [])),
@@ -82,7 +84,9 @@ def show(results: list[dict[str, Any]], page: str) -> None:
 
     print("\nmost used words:  " + ", ".join(line.split()[1] for line in first("words").splitlines()))
     print("in busybox:       " + " ".join(first("busybox").splitlines()[1:]))
-    print("at /metrics:      " + next((line for line in page.splitlines() if line.startswith("diyc_job_runs_total{")), ""))
+    print(
+        "at /metrics:      " + next((line for line in page.splitlines() if line.startswith("diyc_job_runs_total{")), "")
+    )
 
 
 def main() -> int:

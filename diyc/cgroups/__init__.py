@@ -6,7 +6,7 @@
 
 The only package that knows /sys/fs/cgroup."""
 
-from diyc.cgroups.base import Cgroups, open_cgroups
+from diyc.cgroups.base import Cgroups, Preview, open_cgroups
 from diyc.cgroups.delegation import needs_systemd_scope
 from diyc.cgroups.detect import CgroupHost, Place, detect
 from diyc.cgroups.kill import remove_leftovers
@@ -18,6 +18,7 @@ __all__ = [
     "Cgroups",
     "EmptyWatch",
     "Place",
+    "Preview",
     "RunCgroup",
     "detect",
     "needs_systemd_scope",

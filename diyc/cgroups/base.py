@@ -5,6 +5,8 @@ controller; on a hybrid host both, because the v2 mount kills, tells of emptines
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from diyc.cgroups import delegation, v1, v2
 from diyc.cgroups.detect import CgroupHost
 from diyc.cgroups.draft import KEYS, Dialect, Draft, asked_for
@@ -36,6 +38,17 @@ def open_cgroups(
     if not host.controllers and host.unified is None:
         raise HostError("cgroups", "no cgroup hierarchy is mounted (try `mount -t cgroup2 none /sys/fs/cgroup`)")
     return Cgroups(host, parent, instance, machine or Machine(), files or Files())
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A run's cgroups: a directory in each of `directories`, (file, value) pairs of its limits, the v1 hierarchies it
+    joins by itself in order, and the v2 directory below which it is cloned."""
+
+    directories: tuple[str, ...]
+    writes: tuple[tuple[str, str], ...]
+    joins: tuple[str, ...]
+    into: str | None
 
 
 class Cgroups:
@@ -92,6 +105,16 @@ class Cgroups:
         if "/" in name or name in ("", ".", ".."):
             raise ValueError(f"{name!r} is not a name for a cgroup")
         return RunCgroup(name, self._recipes.get(limits) or self._ready(limits))
+
+    def preview(self, limits: Limits) -> Preview:
+        """What create() would do for a run with these limits, for people to read. Makes nothing."""
+        recipe = self._recipe(self._draft(limits))
+        return Preview(
+            directories=tuple(hierarchy.path for hierarchy in recipe.hierarchies),
+            writes=tuple((f"{h.path}/RUN/{file}", value.decode()) for h, file, value in recipe.writes),
+            joins=tuple(h.path for h in recipe.hierarchies if h is not self._unified),
+            into=self._unified.path if self._unified else None,
+        )
 
     def close(self) -> None:
         """Remove the instance directories. CgroupError while there are runs in them; the empty ones are gone then."""

@@ -58,8 +58,8 @@ class Hierarchy:
             self.names = frozenset(os.listdir(self.path))
 
     def has(self, file: str) -> bool:
-        """Whether the instance directory has such a file."""
-        return os.path.exists(f"{self.path}/{file}")
+        """Whether the instance directory has such a file; before it is made, the directory it will be made in."""
+        return os.path.exists(f"{self.path if self.made else self.place.directory}/{file}")
 
     def discard(self) -> None:
         """Remove the instance directory and what is empty above it. CgroupError while runs are in it."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diyc.capabilities import mask
 from diyc.cli.text import Paint, printable, use_color
 from diyc.execution import OOM_SCORE_ADJ, candidates, default_hostname, environment
 from diyc.jobs import JobSpec, Run
-from diyc.plan import STEP_DOCS as DOCS
-from diyc.plan import Bind, Box, Plan, StepDoc, User, build_plan
+from diyc.plan import STEP_DOCS, Bind, Box, Plan, User, build_plan
 from diyc.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from diyc.cgroups import Preview
     from diyc.config import Config
 
-UNKNOWN_ID = "0" * 26  # the run id is only made when a run starts
+UNKNOWN_ID = "0" * 26  # a run's id is only made when it starts
+SUPERVISOR, SPAWNER, CHILD = "the supervisor, before", "a spawner thread", "the child, in its new namespaces"
 
 
 def print_expansion(config: Config, *, plans: bool, as_json: bool) -> None:
@@ -42,8 +44,7 @@ def _print_runs(spec: JobSpec) -> None:
         record = run_record(spec, index)
         print(f"    [{index}] {printable(' '.join(record['argv']))}")
         print(f"        host name {record['hostname']}, environment {printable(' '.join(record['env']))}")
-    plan, box = plan_of(spec, Run(UNKNOWN_ID, spec))
-    print(render_plan(spec, plan, box, Paint(use_color(sys.stdout, os.environ)), indent="    "))
+    print(render_plan(spec, cgroups_here(spec), Paint(use_color(sys.stdout, os.environ)), indent="    "))
 
 
 def _short(spec: JobSpec) -> str:
@@ -60,8 +61,7 @@ def run_record(spec: JobSpec, index: int) -> dict[str, Any]:
     """One run as it would be started, with its placeholders filled in."""
     run = Run(UNKNOWN_ID, spec, index)
     hostname = default_hostname(run)
-    user = User()
-    env = environment(run, hostname, user.home)
+    env = environment(run, hostname, User().home)
     return {
         "job": spec.name,
         "index": index,
@@ -74,22 +74,6 @@ def run_record(spec: JobSpec, index: int) -> dict[str, Any]:
         "timeout_s": spec.timeout,
         "limits": limit_lines(spec),
     }
-
-
-def plan_of(
-    spec: JobSpec, run: Run, user: User | None = None, layout: tuple[int, bool] = (0, True)
-) -> tuple[Plan, Box]:
-    """The plan of a run and the box it was made for; `layout` is (v1 cgroups to join, whether there is cgroup v2)."""
-    from diyc.capabilities import mask
-
-    binds = tuple(
-        Bind(m.source, m.target, m.read_only, os.path.isdir(m.source)) for m in spec.mounts if m.source is not None
-    )
-    if spec.image.kind == "host":
-        binds = (Bind("/usr", "/usr", True), *binds)
-    joins, into = layout
-    box = Box(default_hostname(run), user or User(), binds, joins, into, mask(spec.cap_add))
-    return build_plan(spec, box), box
 
 
 def limit_lines(spec: JobSpec) -> dict[str, str]:
@@ -108,47 +92,126 @@ def limit_lines(spec: JobSpec) -> dict[str, str]:
     return lines
 
 
-def render_plan(spec: JobSpec, plan: Plan, box: Box, paint: Paint, indent: str = "") -> str:
+# -- explain -----------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """One thing asked of the kernel: by whom, how, why, and where that is described."""
+
+    who: str
+    call: str
+    why: str
+    source: str
+
+
+def cgroups_here(spec: JobSpec) -> Preview:
+    """The cgroups that a run of the job would get on this host."""
+    from diyc.cgroups import detect, open_cgroups
+
+    return open_cgroups(detect(), instance="SUPERVISOR").preview(spec.limits)
+
+
+def render_plan(spec: JobSpec, cgroups: Preview, paint: Paint, indent: str = "") -> str:
     """Every system call in the order in which the kernel sees it, each with a line of why and its manual page."""
-    lines = [paint.bold(f"{spec.name}: {printable(' '.join(spec.argv))}"), ""]
-    lines.append("cgroups: " + ", ".join(f"{key} {value}" for key, value in limit_lines(spec).items()))
-    lines.append("")
-    for number, (call, why, source) in enumerate(_calls(plan, box)):
-        lines.append(f"{number:>3}  {printable(call)}")
-        lines.append(paint.dim(f"     {why}  [{source}]"))
+    lines = [paint.bold(f"{spec.name}: {printable(' '.join(spec.argv))}")]
+    lines += [paint.dim(", ".join(f"{key} {value}" for key, value in limit_lines(spec).items()))]
+    who = ""
+    for number, call in enumerate(calls(spec, cgroups)):
+        if call.who != who:
+            who = call.who
+            lines += ["", paint.bold(f"-- {who}"), ""]
+        lines.append(f"{number:>3}  {printable(call.call)}")
+        lines.append(paint.dim(f"     {call.why}  [{call.source}]"))
     return "\n".join(indent + line for line in lines)
 
 
-def _calls(plan: Plan, box: Box) -> list[tuple[str, str, str]]:
-    rows = [
-        (
-            plan.clone_call(box.into_cgroup),
-            "seven namespaces with the one below; the parent waits in the kernel, its memory lent and not copied",
-            "clone3(2), namespaces(7)",
-        )
+def calls(spec: JobSpec, cgroups: Preview) -> list[Call]:
+    """What the kernel sees of one run from its first directory to execve."""
+    plan, box = plan_of(spec, cgroups)
+    return [*_cgroup_calls(cgroups), *_mount_calls(spec, box), *_clone_calls(plan, box), *_child_calls(plan, cgroups)]
+
+
+def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
+    """The plan of a job's first run and the box it is made for, on a host with these cgroups.
+
+    The user is shown as root: a name is looked up in the image, which may not be there yet."""
+    binds = tuple(
+        Bind(m.source, m.target, m.read_only, os.path.isdir(m.source)) for m in spec.mounts if m.source is not None
+    )
+    if spec.image.kind == "host":
+        binds = (Bind("/usr", "/usr", True), *binds)
+    hostname = default_hostname(Run(UNKNOWN_ID, spec))
+    box = Box(hostname, User(), binds, len(cgroups.joins), cgroups.into is not None, mask(spec.cap_add))
+    return build_plan(spec, box), box
+
+
+def _cgroup_calls(cgroups: Preview) -> list[Call]:
+    made = [
+        Call(SUPERVISOR, f'mkdir("{path}/RUN")', "a cgroup of the run's own: limits, figures", "cgroups(7)")
+        for path in cgroups.directories
     ]
+    writes = [
+        Call(SUPERVISOR, f'write("{path}", "{value}")', "a limit of the job", "cgroups(7)")
+        for path, value in cgroups.writes
+    ]
+    return made + writes
+
+
+def _mount_calls(spec: JobSpec, box: Box) -> list[Call]:
+    image = spec.image.source or "(a skeleton of the host's root)"
+    sources = [(image, "layer", "the image, its ids shifted into the job's range")]
+    for i, bind in enumerate(box.binds):
+        sources.append(
+            (bind.source, f"bind{i}", f"becomes {bind.target}, {'read-only' if bind.read_only else 'writable'}")
+        )
+    return [
+        Call(
+            SUPERVISOR,
+            f'{name} = open_tree("{source}", OPEN_TREE_CLONE) + mount_setattr({name}, MOUNT_ATTR_IDMAP)',
+            why,
+            "open_tree(2), mount_setattr(2)",
+        )
+        for source, name, why in sources
+    ]
+
+
+def _clone_calls(plan: Plan, box: Box) -> list[Call]:
+    return [
+        Call(
+            SPAWNER,
+            plan.clone_call(box.into_cgroup),
+            "a child in namespaces of its own; its parent's memory is lent to it, not copied, until execve",
+            "clone(2), namespaces(7)",
+        ),
+        Call(
+            SPAWNER,
+            'write("/proc/PID/uid_map", "0 FIRST 65536"), the same to gid_map',
+            "root inside is an unprivileged id outside, another one for each running job",
+            "user_namespaces(7)",
+        ),
+        Call(
+            SPAWNER,
+            f'write("/proc/PID/oom_score_adj", "{OOM_SCORE_ADJ}")',
+            "short of memory, the kernel takes jobs first",
+            "proc_pid_oom_score_adj(5)",
+        ),
+    ]
+
+
+def _child_calls(plan: Plan, cgroups: Preview) -> list[Call]:
+    rows = []
     for step in plan.steps:
-        rows.append((step.call(), step.why, _doc(step.kind).source))
-        if step.kind == "await_parent":
-            rows.append(
-                (
-                    '(parent) write("/proc/PID/uid_map", "0 FIRST 65536"), the same to gid_map; '
-                    f'write("/proc/PID/oom_score_adj", "{OOM_SCORE_ADJ}")',
-                    "root inside is an unprivileged id of the host outside, another one in every slot",
-                    "user_namespaces(7)",
-                )
-            )
+        call = step.call()
+        if step.kind == "cgroup_join" and step.fd is not None:
+            call = f'write("{cgroups.joins[int(step.fd.removeprefix("tasks"))]}/RUN/tasks", "0")'
+        rows.append(Call(CHILD, call, step.why, STEP_DOCS[step.kind].source))
     return rows
 
 
-def _doc(kind: str) -> StepDoc:
-    return DOCS[kind]
-
-
-def plan_json(spec: JobSpec, plan: Plan, box: Box) -> dict[str, Any]:
+def plan_json(spec: JobSpec, cgroups: Preview) -> dict[str, Any]:
     """The same for programs."""
-    run = Run(UNKNOWN_ID, spec)
-    path = environment(run, box.hostname, box.user.home)["PATH"]
+    plan, box = plan_of(spec, cgroups)
+    path = environment(Run(UNKNOWN_ID, spec), box.hostname, box.user.home)["PATH"]
     return {
         "type": "plan",
         "schema": 1,
@@ -157,15 +220,9 @@ def plan_json(spec: JobSpec, plan: Plan, box: Box) -> dict[str, Any]:
         "candidates": candidates(spec.argv[0], path),
         "limits": limit_lines(spec),
         "clone_flags": plan.clone_flags,
+        "calls": [call._asdict() for call in calls(spec, cgroups)],
         "steps": [
-            {
-                "index": i,
-                "kind": step.kind,
-                "call": step.call(),
-                "why": step.why,
-                "source": _doc(step.kind).source,
-                "target": step.target,
-            }
-            for i, step in enumerate(plan.steps)
+            {"index": index, "kind": step.kind, "call": step.call(), "why": step.why, "target": step.target}
+            for index, step in enumerate(plan.steps)
         ],
     }

@@ -82,7 +82,7 @@ def run(image: str, command: tuple[str, ...], state_dir: str | None, as_json: bo
 
 def _spec(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> JobSpec:
     """The flags as a job of jobs.toml, so that both have the same rules and the same messages."""
-    from diyc.config import job_from_mapping
+    from diyc.api import Job
     from diyc.jobs import escape
 
     limits = {key: flags[key] for key in ("memory", "cpus", "cpuset", "pids", "disk") if flags[key] is not None}
@@ -97,12 +97,7 @@ def _spec(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> JobSpe
     job |= {key: flags[key] for key in ("timeout", "workdir", "user", "hostname") if flags[key] is not None}
     if flags["network"]:
         job["network"] = {"mode": flags["network"]}
-    images: dict[str, dict[str, str]] = {}
-    if image != "host":
-        path = os.path.abspath(image)
-        images["image"] = {"dir" if os.path.isdir(path) else "tar": path}
-    job["image"] = "image" if images else "host"
-    return job_from_mapping("run", job, images=images)
+    return Job("run", image=image, **job)
 
 
 def _pair(text: str, separator: str, form: str) -> tuple[str, str]:
@@ -179,29 +174,19 @@ def _status(result: Result) -> int:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def explain(job: str, config: str, as_json: bool) -> None:
     """Print every system call that starts JOB, in order, each with its why and its manual page."""
-    from diyc.cli.expansion import UNKNOWN_ID, plan_json, plan_of, render_plan
+    from diyc.cli.expansion import cgroups_here, plan_json, render_plan
     from diyc.cli.text import Paint, use_color
     from diyc.config import load_config
-    from diyc.jobs import Run
 
     try:
         (spec,) = load_config(config, only=(job,)).jobs
-        plan, box = plan_of(spec, Run(UNKNOWN_ID, spec), layout=_layout())
+        cgroups = cgroups_here(spec)
     except DiycError as error:
         common.fail(PROGRAM, error)
     if as_json:
-        print(json.dumps(plan_json(spec, plan, box), ensure_ascii=False))
+        print(json.dumps(plan_json(spec, cgroups), ensure_ascii=False))
     else:
-        print(render_plan(spec, plan, box, Paint(use_color(sys.stdout, os.environ))))
-
-
-def _layout() -> tuple[int, bool]:
-    """How many v1 cgroups a run joins here, and whether there is a v2 mount to be cloned into."""
-    from diyc.cgroups import detect
-
-    host = detect()
-    v1 = {place.mount for place in host.controllers.values() if place.version == 1}
-    return len(v1), host.unified is not None
+        print(render_plan(spec, cgroups, Paint(use_color(sys.stdout, os.environ))))
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ class Account:
 def resolve_user(root: str, user: str) -> Account:
     """`user` is "name", "uid", "name:group" or "uid:gid"; an id without an entry gets group 0 and home "/".
 
-    Raises ImageError for a name that the image does not know."""
+    "root" is 0 also in an image that has no passwd file. Raises ImageError for another name that it does not know."""
     who, _, group = user.partition(":")
+    if who == "root" and not _entries(root, "passwd", 7):
+        who = "0"
     passwd = _entries(root, "passwd", 7)
     entry = next((e for e in passwd if who in (e[0], e[2])), None)
     if entry is None and not who.isdigit():

@@ -107,9 +107,30 @@ def test_long_names_and_links_come_out_whole(kind: int, tmp_path: Path) -> None:
     assert (tmp_path / "s").read_bytes() == b"deep"
 
 
-def test_times_keep_their_nanoseconds(tmp_path: Path) -> None:
-    unpack(io.BytesIO(pack(("f", b"", {"mtime": 1, "pax_headers": {"mtime": "1234567890.123456789"}}))), tmp_path)
-    assert (tmp_path / "f").stat().st_mtime_ns == 1234567890_123456789
+@pytest.mark.parametrize(
+    "text, expected",
+    [("1234567890.123456789", 1234567890_123456789), ("-1.5", -1_500_000_000), ("7.25", 7_250_000_000)],
+)
+def test_times_keep_their_sign_and_nanoseconds(text: str, expected: int, tmp_path: Path) -> None:
+    unpack(io.BytesIO(pack(("f", b"", {"mtime": 1, "pax_headers": {"mtime": text}}))), tmp_path)
+    assert (tmp_path / "f").stat().st_mtime_ns == expected
+
+
+def test_directories_that_shut_their_owner_out_are_filled_all_the_same(tmp_path: Path) -> None:
+    archive = pack(directory("a", mode=0o000), directory("a/b", mode=0o111), ("a/b/f", b"x", {}))
+    unpack(io.BytesIO(archive), tmp_path)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o000
+    (tmp_path / "a").chmod(0o755)
+    assert stat.S_IMODE((tmp_path / "a/b").stat().st_mode) == 0o111
+    (tmp_path / "a/b").chmod(0o755)
+    assert (tmp_path / "a/b/f").read_bytes() == b"x"
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, content: real(fd, bytes(content[:100])))
+    unpack(io.BytesIO(pack(("f", bytes(range(256)) * 4, {}))), tmp_path)
+    assert (tmp_path / "f").read_bytes() == bytes(range(256)) * 4
 
 
 def test_name_that_is_not_utf8_keeps_its_bytes(tmp_path: Path) -> None:
@@ -147,7 +168,7 @@ def test_own_ids_are_kept_without_chown(tmp_path: Path) -> None:
 @pytest.mark.privileged
 def test_root_gives_files_their_owners_and_keeps_setuid(tmp_path: Path) -> None:
     owner = {"uid": 1234, "gid": 65535}
-    link = ("s", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", **owner})
+    link = ("s", b"", {"type": tarfile.SYMTYPE, "linkname": "d/f", **owner})
     fifo = ("p", b"", {"type": tarfile.FIFOTYPE, **owner})
     unpack(io.BytesIO(pack(directory("d", **owner), ("d/f", b"x", {"mode": 0o6755, **owner}), link, fifo)), tmp_path)
     for name in ("d", "d/f", "s", "p"):

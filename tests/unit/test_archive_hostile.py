@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -100,9 +101,9 @@ def folder(name: bytes, mode: int = 0o755) -> bytes:
     return long + header(name, b"5", mode=mode)
 
 
-def symlink(name: bytes, target: bytes) -> bytes:
+def symlink(name: bytes, target: bytes, uid: int = 0) -> bytes:
     long = pax(linkpath=target) if len(target) > 100 else b""
-    return long + header(name, b"2", link=target, mode=0o777)
+    return long + header(name, b"2", link=target, mode=0o777, uid=uid)
 
 
 def hardlink(name: bytes, target: bytes, **fields: int) -> bytes:
@@ -245,6 +246,7 @@ inside("file over a dangling link", (b"x",), symlink(b"x", b"../outside/new"), f
 inside("directory over a link", (b"x",), X_OUT, folder(b"x", 0o777))
 inside("directory over a link, then a file", (b"x/canary",), X_OUT, folder(b"x"), file(b"x/canary"))
 inside("FIFO over a link", (b"x",), symlink(b"x", b"../outside/canary"), header(b"x", b"6", mode=0o777))
+inside("link with an owner and a time", (b"x",), symlink(b"x", b"../outside/canary", uid=1234))
 inside("link over a link", (b"x",), X_OUT, symlink(b"x", b"../outside/canary"))
 inside("directory swapped for a link before its mode is set", (b"x",), folder(b"x", 0o777), X_OUT)
 refused("directory swapped for a link, then a file", "leaves", folder(b"x"), X_OUT, file(b"x/canary"))
@@ -340,6 +342,8 @@ refused("mtime with an exponent", "not a time", pax(mtime=b"1e400"), file(b"f"))
 refused("mtime far away", "too far away", pax(mtime=b"9" * 20), file(b"f"))
 refused("mtime far away in base 256", "too far away|not a time", file(b"f", mtime=2**80))
 inside("mtime before 1970", (b"f",), pax(mtime=b"-1.5"), file(b"f"))
+inside("mode of 50 bits", (b"f",), file(b"f", mode=2**50 + 0o644))
+inside("negative mode", (b"f",), file(b"f", mode=-1))
 inside("mode of all ones", (b"f",), file(b"f", mode=0o7777777))
 
 # Extended headers
@@ -526,6 +530,17 @@ def test_bomb_is_refused_before_its_limit_is_on_disk(arena: Arena) -> None:
     with pytest.raises(ImageError, match="more than the limit"):
         unpack(io.BytesIO(gzip_bomb(8)), arena.target, limits=limits)
     assert sum(path.stat().st_size for path in arena.target.rglob("*")) <= limits.max_bytes
+
+
+def test_headers_nobody_asked_for_take_no_memory(arena: Arena) -> None:
+    chain = b"".join(extended(b"g", record(b"key.%d" % index, bytes(500_000))) for index in range(30))
+    archive = io.BytesIO(chain + file(b"f") + END)
+    tracemalloc.start()
+    try:
+        unpack(archive, arena.target)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 1024**2
+    finally:
+        tracemalloc.stop()
 
 
 def test_devices_are_counted_and_never_made(arena: Arena) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from diyc.capabilities import NUMBERS
 from diyc.config import (
     Config,
     Machine,
@@ -23,6 +24,7 @@ from diyc.config import (
     parse_config,
     supervisor_from_mapping,
 )
+from diyc.config_checks import ALLOWED_CAPABILITIES
 from diyc.config_lines import Lines, parse_key
 from diyc.config_models import BUILT
 from diyc.errors import ConfigError, Problem
@@ -234,7 +236,7 @@ mounts = []
 [jobs.inherits]
 """
     own, inherits = parsed(text).jobs
-    assert own.argv == ("/bin/sh", "-c", "echo")
+    assert (own.command, own.shell) == ((), "echo")
     assert own.timeout is None
     assert dict(own.env) == {"A": "1", "B": "2", "C": "2"}
     assert dict(own.labels) == {"team": "x", "owner": "y"}
@@ -259,6 +261,10 @@ mounts = []
 )
 def test_job_keeps_what_is_added_and_not_dropped(security: str, kept: tuple[str, ...]) -> None:
     assert only_job(f'[jobs.a]\ncommand = ["x"]\n[jobs.a.security]\n{security}').cap_add == kept
+
+
+def test_capabilities_that_a_job_may_name_are_those_that_can_be_given() -> None:
+    assert NUMBERS.keys() == ALLOWED_CAPABILITIES
 
 
 @pytest.mark.parametrize(
