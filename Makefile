@@ -10,7 +10,7 @@ PY     := setup.py diyc tests $(wildcard benchmarks examples)
 SUDO     := $(if $(filter-out 0,$(shell id -u)),$(shell command -v sudo))
 AS_ROOT  := $(SUDO) env PYTHONDONTWRITEBYTECODE=1
 # What runs as root through sudo leaves no files of root's in the tree.
-PYTEST   := $(AS_ROOT) $(if $(SUDO),HYPOTHESIS_STORAGE_DIRECTORY=/tmp/diyc-hypothesis) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
+PYTEST   := $(AS_ROOT) $(if $(SUDO),HYPOTHESIS_STORAGE_DIRECTORY=/var/cache/diyc-hypothesis) $(BIN)/pytest $(if $(SUDO),-p no:cacheprovider)
 TESTS    ?= tests
 
 .DEFAULT_GOAL := help
@@ -73,8 +73,8 @@ format: ready ## put Python and C into the project's form
 bench: ready ## diyc beside its peers, in one run: the ratios and their parts
 	$(AS_ROOT) $(BIN)/python benchmarks/peers.py $(ARGS)
 
-soak: ready ## thousands of runs, looking for leaks
-	$(AS_ROOT) $(BIN)/python benchmarks/soak.py $(ARGS)
+soak: ready ## the system tests at full size: each verdict 200 times, 5,000 runs, 200 at once, looking for leaks
+	$(AS_ROOT) DIYC_SOAK=1 DIYC_REPEAT=200 $(BIN)/pytest -p no:cacheprovider tests/system $(ARGS)
 
 wheel: ready ## dist/: the wheel and the source archive
 	rm -rf diyc.egg-info

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 
 from diyc import process
 from diyc.cgroups import Cgroups, RunCgroup
+from diyc.environment import candidates, default_hostname, environment
 from diyc.errors import DiycError, SetupError
 from diyc.images.store import RootTree
 from diyc.jobs import JobSpec, Run
-from diyc.plan import Bind, Box, Plan, User, build_plan
+from diyc.plan import OOM_SCORE_ADJ, Bind, Box, Plan, User, build_plan
 from diyc.process import Exit, Launch, Launcher, Started
 from diyc.results import CgroupFigures, Ending, Result, Verdict, classify
 from diyc.slots import Slot, Slots
 
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-OOM_SCORE_ADJ = 500
 SETUP_TIMEOUT = 30.0
 READ_SIZE = 65536
 READS_PER_WAKE = 8  # then others have their turn
@@ -69,34 +68,6 @@ class Prepared:
             box = Box(hostname, self.user, self.binds, joins, self._into_cgroup, self._capabilities)
             self._plans[key] = build_plan(self.spec, box)
         return self._plans[key]
-
-
-def default_hostname(run: Run) -> str:
-    """The run's host name; by default the job's name with what a host name cannot hold replaced."""
-    if run.spec.hostname is not None:
-        return run.expand(run.spec.hostname)
-    return "".join(c if c.isalnum() else "-" for c in run.spec.name).strip("-")[:63] or "job"
-
-
-def environment(run: Run, hostname: str, home: str) -> dict[str, str]:
-    """PATH, HOME, HOSTNAME and DIYC_*, then the job's own."""
-    return {
-        "PATH": DEFAULT_PATH,
-        "HOME": home,
-        "HOSTNAME": hostname,
-        "DIYC_JOB": run.spec.name,
-        "DIYC_INDEX": str(run.index),
-        "DIYC_RUN_ID": run.run_id,
-        "DIYC_ATTEMPT": str(run.attempt),
-        **{key: run.expand(value) for key, value in run.spec.env},
-    }
-
-
-def candidates(command: str, path: str) -> list[str]:
-    """The paths that execve tries in turn for a command, as execvp(3) does."""
-    if "/" in command:
-        return [command]
-    return [f"{directory or '.'}/{command}" for directory in path.split(":")]
 
 
 class Capture:

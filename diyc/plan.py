@@ -37,6 +37,7 @@ SIGKILL = 9
 RLIM_INFINITY = 2**64 - 1
 SHM_SIZE = 64 * 1024**2
 SUPERVISOR_FD = 3
+OOM_SCORE_ADJ = 500  # the kernel takes jobs first
 
 # Positions in the marks that the child takes; the differences are a result's steps_s.
 MARK_CLONED, MARK_JOINED, MARK_MOUNTED, MARK_EXEC = range(4)

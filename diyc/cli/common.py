@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from diyc.errors import ConfigError, DiycError, HostError, ImageError
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -35,6 +37,8 @@ def fail(program: str, error: DiycError, status: int | None = None) -> NoReturn:
 
 def run_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run `main` on uvloop, or on plain asyncio where uvloop is not installed or DIYC_EVENT_LOOP=asyncio."""
+    import asyncio
+
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main())
 

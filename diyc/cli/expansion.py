@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diyc.capabilities import mask
 from diyc.cli.text import Paint, printable, use_color
-from diyc.execution import OOM_SCORE_ADJ, candidates, default_hostname, environment
+from diyc.environment import candidates, default_hostname, environment
 from diyc.jobs import JobSpec, Run
-from diyc.plan import STEP_DOCS, Bind, Box, Plan, User, build_plan
+from diyc.plan import OOM_SCORE_ADJ, STEP_DOCS, Bind, Box, Plan, User, build_plan
 from diyc.units import format_duration, format_size
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +15,13 @@ import uvloop
 from diyc.config import job_from_mapping
 from diyc.jobs import JobSpec
 from diyc.results import Result
-from diyc.supervisor import Supervisor
+from diyc.supervisor import Batch, Supervisor
 
 T = TypeVar("T")
 
 KIB, MIB = 1024, 1024**2
 REPEAT = int(os.environ.get("DIYC_REPEAT", "5"))
+PATIENCE = 20.0  # seconds; a test that waits longer has failed
 
 # What the probe's image has in /etc/passwd and /etc/group.
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nworker:x:1000:1000:Worker:/home/worker:/bin/sh\n"
@@ -51,6 +51,7 @@ class Facts(dict[str, list[str]]):
         return value
 
     def all(self, key: str) -> list[str]:
+        """The values of a key that may not be there."""
         return self.get(key, [])
 
     def number(self, key: str) -> float:
@@ -66,9 +67,15 @@ def make_image(directory: Path, probe: Path) -> Path:
     return directory
 
 
+def on_uvloop(main: Coroutine[Any, Any, T]) -> T:
+    """For tests that have no reason to run on both event loops."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
 @dataclass(frozen=True, slots=True)
-class Bench:
-    """Runs jobs of one test in supervisors of their own, whose files are below `path`."""
+class Jobs:
+    """Makes a test's jobs and runs them in supervisors whose files are below `path`."""
 
     path: Path
     image: Path
@@ -76,29 +83,20 @@ class Bench:
     def supervisor(self, **settings: Any) -> Supervisor:
         """A supervisor, not entered yet."""
         places = {"state_dir": str(self.path / "state"), "runtime_dir": str(self.path / "run")}
-        return Supervisor(**{"max_parallel": 2, **places, **settings})
+        return Supervisor(**{"max_parallel": 4, **places, **settings})
 
-    def job(self, *command: str, image: str | os.PathLike[str] | None = None, **keys: Any) -> JobSpec:
-        """A job of the keys of jobs.toml: the probe with this command, or, with `image`, a command of that image
-        ("host", a directory or a tarball)."""
-        if image == "host":
-            return job_from_mapping("test", {"command": list(command), "timeout": "30s", **keys})
-        argv = ["/probe", *command] if image is None else list(command)
-        source = Path(image or self.image)
-        images = {"box": {"dir" if source.is_dir() else "tar": str(source)}}
-        job = {"image": "box", "command": argv, "timeout": "30s", **keys}
+    def probe(self, *command: str, image: Path | None = None, **keys: Any) -> JobSpec:
+        """A job that does a command of the probe, with keys of jobs.toml."""
+        return self.of(image or self.image, "/probe", *command, **keys)
+
+    def of(self, image: str | Path, *command: str, **keys: Any) -> JobSpec:
+        """A job of any command in an image: "host", a directory or an archive."""
+        job = {"image": "host" if image == "host" else "box", "command": list(command), "timeout": "30s", **keys}
+        images = {"box": {"dir" if os.path.isdir(image) else "tar": str(image)}} if image != "host" else {}
         return job_from_mapping("test", job, images=images)
 
-    def probe(self, *command: str, **keys: Any) -> Result:
-        """One run of the probe's command."""
-        return self.run(self.job(*command, **keys))
-
-    def report(self, **keys: Any) -> Facts:
-        """What a job with these keys sees."""
-        return Facts.of(self.probe("report", **keys))
-
     def run(self, spec: JobSpec) -> Result:
-        """One run in a supervisor of its own."""
+        """The result of one run."""
 
         async def main() -> Result:
             async with self.supervisor() as supervisor:
@@ -106,24 +104,65 @@ class Bench:
 
         return on_uvloop(main())
 
-    async def repeat(self, spec: JobSpec, times: int = REPEAT, parallel: int = 4) -> list[Result]:
-        """The results of that many runs of one job."""
-        many = job_times(spec, times)
-        async with self.supervisor(max_parallel=parallel) as supervisor:
-            return [result async for result in supervisor.map([many])]
+    def report(self, **keys: Any) -> Facts:
+        """What a job with these keys sees."""
+        return Facts.of(self.run(self.probe("report", **keys)))
+
+    async def repeated(self, spec: JobSpec) -> list[Result]:
+        """The results of DIYC_REPEAT runs of one job."""
+        async with self.supervisor() as supervisor:
+            return [result async for result in supervisor.map([replace(spec, count=REPEAT)])]
 
 
-def job_times(spec: JobSpec, times: int) -> JobSpec:
-    from dataclasses import replace
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A run that is in its container and waits there."""
 
-    return replace(spec, count=times)
+    supervisor: Supervisor
+    batch: Batch
+    run_id: str
+    ended: asyncio.Future[Result]
+
+    def cgroup_file(self, *names: str) -> Path:
+        """The first of the files that one of the run's cgroups has."""
+        places = [Path(parent, self.run_id) for parent in self.supervisor.cgroups.instance_dirs]
+        found = [place / name for name in names for place in places if (place / name).exists()]
+        assert found, f"{self.run_id} has none of {names}"
+        return found[0]
+
+    @property
+    def pid(self) -> int:
+        """The host's pid of the run's only process."""
+        (pid,) = self.cgroup_file("cgroup.procs").read_text().split()
+        return int(pid)
+
+    def status(self, key: str) -> list[str]:
+        """A line of /proc/PID/status as the host sees it."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(line.split()[1:] for line in lines if line.startswith(f"{key}:"))
+
+    async def end(self) -> Result:
+        """Cancel it."""
+        self.supervisor.cancel(self.batch)
+        return await asyncio.wait_for(self.ended, PATIENCE)
 
 
-def on_uvloop(main: Awaitable[T]) -> T:
-    """For tests that have no reason to run on both loops."""
+async def start(supervisor: Supervisor, spec: JobSpec, word: bytes = b"ready\n") -> Live:
+    """Start a run and wait until it says a word."""
+    prepared = await supervisor.prepare(spec)
+    before = {live.run_id for live in supervisor.live()}
+    ended: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    spoken = asyncio.Event()
+    ended.add_done_callback(lambda _: spoken.set())
+    said = bytearray()
 
-    async def run() -> T:
-        return await main
+    def hear(_: str, chunk: bytes) -> None:
+        said.extend(chunk)
+        if word in said:
+            spoken.set()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run())
+    batch = supervisor.submit(prepared, ended.set_result, sink=hear)
+    await asyncio.wait_for(spoken.wait(), PATIENCE)
+    assert not ended.done(), ended.result()
+    (run_id,) = {live.run_id for live in supervisor.live()} - before
+    return Live(supervisor, batch, run_id, ended)

@@ -166,7 +166,6 @@ def test_the_overlay_module_is_asked_for_only_where_it_is_not_loaded(
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     load_overlay(host[0])
     assert not (tmp_path / "asked").exists()
-    no_overlay(host[0])
     (host[0] / "filesystems").write_text("nodev\tsysfs\n")
     load_overlay(host[0])
     assert (tmp_path / "asked").read_text() == "--quiet overlay\n"
