@@ -9,6 +9,7 @@ import asyncio
 import heapq
 import itertools
 import os
+import resource
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,9 @@ class Supervisor:
 
     def _check_limits(self, spec: JobSpec) -> None:
         problems = self.cgroups.unsupported(spec.limits)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if spec.limits.nofile > hard:
+            problems.append(f"limits.nofile: this process may open {hard} files at most, and so may its jobs")
         if (spec.limits.memory or 0) > self.config.max_memory:
             raise DiycError(
                 f"job {spec.name}: limits.memory is above the supervisor's max_memory: it could never start"

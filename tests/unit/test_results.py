@@ -57,11 +57,11 @@ CASES: dict[str, tuple[Ending, Verdict, str | None]] = {
         Verdict.OOM,
         "memory limit 1 MiB reached (1 kill)",
     ),
-    "timeout by KILL": (Ending(signal=9, stopped_for="timeout", timeout=2.5), Verdict.TIMEOUT, "2.5s"),
+    "timeout by KILL": (Ending(signal=9, stopped_for="timeout", timeout=2.5), Verdict.TIMEOUT, "timeout of 2.5 s reached"),
     "timeout, and it ended well after its stop_signal": (
         Ending(exit_code=0, stopped_for="timeout", timeout=10),
         Verdict.TIMEOUT,
-        "timeout of 10s reached",
+        "timeout of 10 s reached",
     ),
     "flood": (
         Ending(signal=9, stopped_for="output_limit", output_limit=MIB, output_stream="stderr"),
@@ -102,7 +102,7 @@ PRECEDENCE = (
 )
 
 
-@pytest.mark.parametrize("stronger, weaker", itertools.combinations(range(len(PRECEDENCE)), 2))
+@pytest.mark.parametrize("stronger, weaker", list(itertools.combinations(range(len(PRECEDENCE)), 2)))
 def test_what_the_supervisor_did_comes_first_then_the_kernels_kill_then_setup_then_the_exit(
     stronger: int, weaker: int
 ) -> None:
