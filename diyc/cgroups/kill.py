@@ -25,7 +25,7 @@ def kill_listed(path: str, listed: Callable[[], set[int]]) -> None:
     CgroupError: they still fork faster after a thousand passes."""
     killed: set[int] = set()
     for _ in range(_PASSES):
-        fresh = sorted(listed() - killed - {0})
+        fresh = sorted(listed() - killed)
         if not fresh:
             return
         for start in range(0, len(fresh), _BATCH):
@@ -51,7 +51,7 @@ def open_pidfd(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)
     except OSError as error:
-        # EINVAL: a thread of a process whose leader is gone.
+        # EINVAL: pid 0, which stands for a process outside of our PID namespace: out of reach.
         if error.errno in (errno.ESRCH, errno.EINVAL):
             return None
         raise

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diyc.cli.progress import Progress
     from diyc.cli.summary import Tally
     from diyc.config import Config
+    from diyc.jobs import Run
     from diyc.results import Result
     from diyc.supervisor import Supervisor
 
@@ -142,10 +143,7 @@ class _Session:
         with self._closing:
             async with AsyncExitStack() as stack:
                 supervisor = await stack.enter_async_context(
-                    Supervisor(
-                        self._settings.supervisor,
-                        on_start=lambda run: self._progress.started(run.run_id, run.spec.name, run.index),
-                    )
+                    Supervisor(self._settings.supervisor, on_start=self._started)
                 )
                 self._supervisor = supervisor
                 asyncio.get_running_loop().set_exception_handler(self._unexpected)
@@ -168,6 +166,11 @@ class _Session:
             supervisor.submit(job, self._ended)
         await supervisor.wait()
         self._tell_warnings(supervisor)
+
+    def _started(self, run: Run) -> None:
+        if self._supervisor is not None:
+            self._progress.queued = self._supervisor.queued
+        self._progress.started(run.run_id, run.spec.name, run.index)
 
     def _ended(self, result: Result) -> None:
         self._tally.add(result)
@@ -254,7 +257,8 @@ class _Session:
         server = MetricsServer(listen, self._metrics)
         await server.start()
         stack.push_async_callback(server.stop)
-        self._progress.message(f"metrics at {server.address}")
+        shown = server.address if listen.startswith("unix:") else f"http://{server.address}/metrics"
+        self._progress.message(f"metrics at {shown}")
 
     def _watch_signals(self, supervisor: Supervisor) -> None:
         import asyncio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -11,13 +12,14 @@ import pytest
 
 from diyc import process
 from needs import require
-from system.helpers import Jobs, make_image
+from system.helpers import Jobs, make_image, on_uvloop
 
 
 @pytest.fixture(scope="session")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The probe as a static program."""
     require("program.gcc")
+    on_uvloop(asyncio.sleep(0))  # libuv makes a pipe with its first loop and keeps it: no leak of the first test
     made = tmp_path_factory.mktemp("probe") / "probe"
     source = Path(__file__).with_name("probe.c")
     subprocess.run(["gcc", "-static", "-O1", "-Wall", "-o", made, source], check=True, capture_output=True)

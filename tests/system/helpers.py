@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from diyc.config import job_from_mapping
-from diyc.jobs import JobSpec
+from diyc.jobs import JobSpec, Run
 from diyc.results import Result
 from diyc.supervisor import Batch, Supervisor
 
@@ -80,10 +80,10 @@ class Jobs:
     path: Path
     image: Path
 
-    def supervisor(self, **settings: Any) -> Supervisor:
+    def supervisor(self, on_start: Callable[[Run], None] | None = None, **settings: Any) -> Supervisor:
         """A supervisor, not entered yet."""
         places = {"state_dir": str(self.path / "state"), "runtime_dir": str(self.path / "run")}
-        return Supervisor(**{"max_parallel": 4, **places, **settings})
+        return Supervisor(on_start=on_start, **{"max_parallel": 16, **places, **settings})
 
     def probe(self, *command: str, image: Path | None = None, **keys: Any) -> JobSpec:
         """A job that does a command of the probe, with keys of jobs.toml."""
@@ -166,3 +166,12 @@ async def start(supervisor: Supervisor, spec: JobSpec, word: bytes = b"ready\n")
     assert not ended.done(), ended.result()
     (run_id,) = {live.run_id for live in supervisor.live()} - before
     return Live(supervisor, batch, run_id, ended)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what tells nobody that it has come."""
+    for _ in range(int(PATIENCE / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came")

@@ -259,9 +259,12 @@ static int allowed(char **args) {
     tried("write_null", write_to("/dev/null", "x"));
     tried("write_full", write_to("/dev/full", "x"));
     int fd = open("/dev/zero", O_RDONLY | O_CLOEXEC);
-    printf("read_zero %ld %d\n", (long)read(fd, &byte, 1), byte);
+    long count = read(fd, &byte, 1);
+    printf("read_zero %ld %d\n", count, byte);
     close(fd);
     tried("read_urandom", try_open("/dev/urandom", O_RDONLY));
+    tried("open_stdout", try_open("/dev/stdout", O_WRONLY));
+    tried("open_stderr", try_open("/dev/stderr", O_WRONLY));
     tried("write_shm", try_open("/dev/shm/file", O_WRONLY | O_CREAT));
     tried("mkfifo", mkfifo("/fifo", 0600));
     fd = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -272,6 +272,7 @@ FULL = Limits(
     io_write_iops=(("/dev/vda", 50),),
     io_weight=300,
 )
+FULL_WITHOUT_WEIGHT = replace(FULL, io_weight=None)
 FULL_V1 = {
     "memory.limit_in_bytes": str(64 * MIB),
     "memory.memsw.limit_in_bytes": str(80 * MIB),
@@ -572,6 +573,19 @@ def test_describe_names_each_controllers_directory(world: World, cgroups: Cgroup
     assert any(line.startswith("unified (v2): ") for line in lines) == (world.layout != "v1")
 
 
+def test_a_preview_before_prepare_is_what_create_then_does(world: World, cgroups: Cgroups) -> None:
+    preview = cgroups.preview(FULL_WITHOUT_WEIGHT)
+    assert world.kernel.touched == []
+    run = cgroups.create("RUN", FULL_WITHOUT_WEIGHT)
+    assert {f"{path}/RUN" for path in preview.directories} == set(run.dirs.values())
+    assert {os.path.basename(path): value for path, value in preview.writes}.items() <= written(run).items()
+    assert [f"{path}/RUN/tasks" for path in preview.joins] == [
+        os.readlink(f"/proc/self/fd/{fd}") for fd in run.join_fds
+    ]
+    assert preview.into == (None if world.layout == "v1" else os.path.dirname(run.dirs["unified"]))
+    finish(run)
+
+
 def test_a_parent_of_several_levels_is_made_and_removed(world: World) -> None:
     before = world.directories()
     cgroups = world.open(parent="batch/diyc")
@@ -706,6 +720,15 @@ def test_an_unenforceable_limit_is_named_with_its_reason(cgroups: Cgroups, limit
     finish(cgroups.create("r", limits))  # best effort: all the others hold
 
 
+def test_a_limit_that_became_enforceable_holds_for_the_next_run(world: World, cgroups: Cgroups) -> None:
+    limits = Limits(io_read_bps=(("/dev/vdb", 77),))
+    finish(cgroups.create("r", limits))
+    world.add_disk("/dev/vdb", 254, 16)
+    run = cgroups.create("r", limits)
+    assert any("77" in text for text in written(run).values())
+    finish(run)
+
+
 def test_a_plain_file_is_no_device(world: World, cgroups: Cgroups) -> None:
     world.devices["/dev/null"] = os.stat("/dev/null")
     [problem] = cgroups.unsupported(Limits(io_read_bps=(("/dev/null", 5),)))
@@ -751,6 +774,8 @@ def test_a_missing_controller_is_named_for_each_limit_it_would_enforce(world: Wo
     assert [problem.split(":")[0] for problem in problems] == ["limits.memory", "limits.swap"]
     assert "there is no memory controller" in problems[0]
     assert "cgroup_enable=memory" in problems[0]
+    (world.root / "swaps").write_text("Filename Type Size Used Priority\n")  # then nobody can swap
+    assert [problem.split(":")[0] for problem in cgroups.unsupported(Limits())] == ["limits.memory"]
     run = cgroups.create("r", Limits())
     assert written(run) == {"pids.max": "64"}
     assert run.figures().memory_peak_bytes is None
@@ -859,6 +884,21 @@ def test_figures_that_are_not_there_are_none(world: World, cgroups: Cgroups) -> 
     for directory in set(run.dirs.values()):
         os.rmdir(directory)
     assert run.figures() == figures
+    finish(run)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EOPNOTSUPP], ids=["removed while open", "turned off"])
+def test_a_figure_that_the_kernel_will_not_read_out_is_none(
+    cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    run = cgroups.create("r", Limits())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pread", refuse)
+        figures = run.figures()
+    assert all(getattr(figures, name) is None for name in figures.__slots__)
     finish(run)
 
 
