@@ -224,6 +224,7 @@ def build_v2(world: World, own: str) -> None:
         path.mkdir(exist_ok=True)
         (path / "cgroup.controllers").write_text(offered)
         (path / "cgroup.procs").touch()
+        (path / "cpu.stat").touch()
         (path / "cgroup.subtree_control").write_text("" if path == top / own.strip("/") else offered)
         if path != top:
             (path / "cgroup.events").touch()

@@ -131,7 +131,7 @@ def test_a_watch_wakes_the_loop_when_a_process_ends(loop_kind: LoopKind, child: 
 
     def pidfds() -> list[str]:
         fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]  # one of them is listdir's own
-        return [fd for fd in fds if os.path.exists(fd) and "pid" in os.readlink(fd)]
+        return [fd for fd in fds if os.path.exists(fd) and "pidfd" in os.readlink(fd)]
 
     loop_kind(main())
     assert pidfds() == []

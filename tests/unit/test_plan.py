@@ -246,7 +246,9 @@ def test_root_inside_gets_the_capabilities_that_were_added_and_by_default_none()
 
 
 def test_resource_limits_are_soft_and_hard() -> None:
-    found = {step.flags: struct.unpack("<2Q", step.data or b"") for step in PLANS["rich"].steps if step.kind == "rlimit"}
+    found = {
+        step.flags: struct.unpack("<2Q", step.data or b"") for step in PLANS["rich"].steps if step.kind == "rlimit"
+    }
     assert found == {7: (77, 77), 4: (5, 5)}
 
 

@@ -57,7 +57,11 @@ CASES: dict[str, tuple[Ending, Verdict, str | None]] = {
         Verdict.OOM,
         "memory limit 1 MiB reached (1 kill)",
     ),
-    "timeout by KILL": (Ending(signal=9, stopped_for="timeout", timeout=2.5), Verdict.TIMEOUT, "timeout of 2.5 s reached"),
+    "timeout by KILL": (
+        Ending(signal=9, stopped_for="timeout", timeout=2.5),
+        Verdict.TIMEOUT,
+        "timeout of 2.5 s reached",
+    ),
     "timeout, and it ended well after its stop_signal": (
         Ending(exit_code=0, stopped_for="timeout", timeout=10),
         Verdict.TIMEOUT,
