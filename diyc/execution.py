@@ -46,17 +46,21 @@ class Services:
 class Prepared:
     """What all runs of a job share: its image, its user, and its plan (built once for each host name)."""
 
-    def __init__(self, spec: JobSpec, tree: RootTree, user: User, capabilities: int, cgroups: Cgroups) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        tree: RootTree,
+        user: User,
+        binds: tuple[Bind, ...],
+        capabilities: int,
+        cgroups: Cgroups,
+    ) -> None:
         self.spec = spec
         self.tree = tree
         self.user = user
         self._capabilities = capabilities
         self._into_cgroup = cgroups.layout != "v1"
-        binds = [Bind(source, target, True, os.path.isdir(source)) for source, target in tree.binds]
-        for mount in spec.mounts:
-            if mount.type == "bind" and mount.source is not None:
-                binds.append(Bind(mount.source, mount.target, mount.read_only, os.path.isdir(mount.source)))
-        self.binds = tuple(binds)
+        self.binds = binds
         self._plans: dict[tuple[str, int], Plan] = {}
 
     def plan(self, hostname: str, joins: int) -> Plan:
@@ -177,17 +181,18 @@ class Execution:
 
     def _descriptors(self, slot: Slot, cgroup: RunCgroup) -> dict[str, int]:
         fds = {f"tasks{i}": fd for i, fd in enumerate(cgroup.join_fds)}
-        fds["layer"] = self._tree(self.prepared.tree.path, slot, read_only=False)
+        fds["layer"] = self._tree(self.prepared.tree.path, slot.userns, read_only=False)
         for i, bind in enumerate(self.prepared.binds):
-            fds[f"bind{i}"] = self._tree(bind.source, slot, read_only=bind.read_only)
+            userns = slot.userns if bind.idmapped else None
+            fds[f"bind{i}"] = self._tree(bind.source, userns, read_only=bind.read_only)
         fds["stdin"] = self._open_stdin() if self._stdin is None else self._stdin
         fds["stdout"] = self._pipe("stdout")
         fds["stderr"] = self._pipe("stderr")
         return fds
 
-    def _tree(self, path: str, slot: Slot, *, read_only: bool) -> int:
+    def _tree(self, path: str, userns: int | None, *, read_only: bool) -> int:
         try:
-            fd = process.mount_tree(path, userns=slot.userns, read_only=read_only)
+            fd = process.mount_tree(path, userns=userns, read_only=read_only)
         except OSError as error:
             what, reason = error.args[1], os.strerror(error.args[0])
             raise DiycError(f"cannot prepare the mount of {path}: {what}: {reason}") from error

@@ -167,12 +167,14 @@ def _quote(text: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Bind:
-    """A mount that the supervisor prepares: where it goes, and whether its source is a directory."""
+    """A mount that the supervisor prepares: where it goes, whether its source is a directory, and whether its file
+    system can show its ids shifted; where it cannot, its files belong to nobody inside."""
 
     source: str
     target: str
     read_only: bool = False
     directory: bool = True
+    idmapped: bool = True
 
 
 @dataclass(frozen=True, slots=True)

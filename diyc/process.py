@@ -6,6 +6,7 @@ A started process is a pid and a pidfd; its end is waited for by the pidfd being
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -113,15 +114,15 @@ class Launcher:
         os.close(self._self_fd)
 
     def _drain(self) -> None:
-        for token, pid, pidfd, failed, errno, index, dequeued, started, marks in self._spawner.completions():
+        for token, pid, pidfd, failed, number, index, dequeued, started, marks in self._spawner.completions():
             plan, report = self._waiting.pop(token)
             if not failed:
                 report(Started(pid, pidfd, _steps(dequeued, started, marks)))
             elif index < 0:
-                report(SetupError("clone", 0, errno, None))
+                report(SetupError("clone", 0, number, None))
             else:
                 step = plan.steps[index]
-                report(SetupError(step.kind, index, errno, step.target))
+                report(SetupError(step.kind, index, number, step.target))
 
 
 def _compile(plan: Plan) -> _core.Plan:
@@ -166,10 +167,21 @@ def heeds_signal(pid: int, number: int, proc: str = "/proc") -> bool:
         return False
 
 
-def mount_tree(path: str, *, userns: int, read_only: bool = False) -> int:
-    """A detached, nosuid, nodev, idmapped clone of the mount at `path`, as a descriptor. Raises OSError."""
+def mount_tree(path: str, *, userns: int | None, read_only: bool = False) -> int:
+    """A detached, nosuid, nodev clone of the mount at `path`, idmapped with `userns`: a descriptor. Raises OSError."""
     attributes = ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if read_only else 0)
-    return _core.tree(path, attributes, userns)
+    return _core.tree(path, attributes, -1 if userns is None else userns)
+
+
+def can_idmap(path: str, userns: int) -> bool:
+    """Whether the file system of `path` takes part in idmapped mounts: most since Linux 5.12, tmpfs since 6.3."""
+    try:
+        os.close(mount_tree(path, userns=userns))
+    except OSError as error:
+        if error.args[0] not in (errno.EINVAL, errno.EPERM):
+            raise
+        return False
+    return True
 
 
 def user_namespace(id_map: str) -> int:

@@ -12,6 +12,7 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from diyc.ids import new_id
 from diyc.images.store import ImageStore, RootTree
 from diyc.images.users import resolve_user
 from diyc.instance import Instance, Leftover
-from diyc.jobs import JobSpec, Run
+from diyc.jobs import JobSpec, Mount, Run
 from diyc.metrics import LiveContainer
-from diyc.plan import User
+from diyc.plan import Bind, User
 from diyc.process import Launcher
 from diyc.results import Result
-from diyc.slots import Slots
+from diyc.slots import RANGE, Slots
 
 STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
 SPAWNER_THREADS = 4
@@ -101,6 +102,7 @@ class Supervisor:
         self._state = State()
         self._sequence = itertools.count()
         self._prepared: dict[JobSpec, Prepared] = {}
+        self._owned = ExitStack()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -114,29 +116,33 @@ class Supervisor:
         _directory(config.state_dir, "state_dir")
         _directory(config.runtime_dir, "runtime_dir")
         log_dir = _directory(os.path.join(config.state_dir, "logs"), "state_dir")
-        self._instance = Instance(config.runtime_dir, new_id())
         try:
-            self._open(log_dir)
+            self._services = self._open(log_dir)
         except BaseException:
-            self._instance.close()
+            self._owned.close()
             raise
         return self
 
-    def _open(self, log_dir: str) -> None:
-        config = self.config
-        self.leftovers = self._instance.recover(remove_leftovers)
-        self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, self._instance.id)
-        self._instance.record(cgroups=self.cgroups.instance_dirs, paths=())
+    def _open(self, log_dir: str) -> Services:
+        """Take what a supervisor needs, each thing with its way back on `_owned`."""
+        config, owned = self.config, self._owned
+        instance = Instance(config.runtime_dir, new_id())
+        owned.callback(instance.close)
+        self.leftovers = instance.recover(remove_leftovers)
+        self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, instance.id)
+        instance.record(cgroups=self.cgroups.instance_dirs, paths=())
         self.cgroups.prepare()
-        try:
-            self._images = ImageStore(config.state_dir, config.runtime_dir)
-            self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse)
-            threads = min(SPAWNER_THREADS, config.max_parallel)
-            launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)
-        except BaseException:
-            self.cgroups.close()
-            raise
-        self._services = Services(self._loop, launcher, self.cgroups, self._slots, self._bury, log_dir)
+        owned.callback(self.cgroups.close)
+        self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
+        owned.callback(os.close, self._userns)
+        fast = process.can_idmap(config.runtime_dir, self._userns)  # a tmpfs is quicker, from Linux 6.3 on
+        self._images = ImageStore(config.state_dir, config.runtime_dir if fast else None)
+        owned.callback(self._images.close)
+        self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse)
+        owned.callback(self._slots.close)
+        threads = min(SPAWNER_THREADS, config.max_parallel)
+        launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)
+        return Services(self._loop, launcher, self.cgroups, self._slots, self._bury, log_dir)
 
     async def __aexit__(self, *_: object) -> None:
         """End what still runs, and give back everything that was made."""
@@ -145,12 +151,7 @@ class Supervisor:
         await self.wait()
         self._services.launcher.close()
         await self._close_graves()
-        try:
-            self.cgroups.close()
-        finally:
-            self._slots.close()
-            self._images.close()
-            self._instance.close()
+        self._owned.close()
 
     async def _close_graves(self) -> None:
         if self._state.graves:
@@ -171,7 +172,18 @@ class Supervisor:
     def _join(self, spec: JobSpec, tree: RootTree) -> Prepared:
         account = resolve_user(tree.path, spec.user)
         user = User(account.uid, account.gid, account.groups, account.home)
-        return Prepared(spec, tree, user, capabilities.mask(spec.cap_add), self.cgroups)
+        if not process.can_idmap(tree.path, self._userns):
+            raise HostError("idmapped mounts", _no_idmap(tree.path, "the image"))
+        binds = tuple(self._bind(mount) for mount in (*_image_mounts(tree), *spec.mounts) if mount.type == "bind")
+        return Prepared(spec, tree, user, binds, capabilities.mask(spec.cap_add), self.cgroups)
+
+    def _bind(self, mount: Mount) -> Bind:
+        """Without shifted ids a read-only mount still serves, a writable one could be written by nobody."""
+        source = mount.source or ""
+        idmapped = process.can_idmap(source, self._userns)
+        if not idmapped and not mount.read_only:
+            raise HostError("idmapped mounts", _no_idmap(source, "a writable mount"))
+        return Bind(source, mount.target, mount.read_only, os.path.isdir(source), idmapped)
 
     def _check_limits(self, spec: JobSpec) -> None:
         problems = self.cgroups.unsupported(spec.limits)
@@ -381,6 +393,16 @@ class Supervisor:
                     memory_limit=run.spec.limits.memory,
                     figures=execution.figures,
                 )
+
+
+def _image_mounts(tree: RootTree) -> Iterator[Mount]:
+    """The parts of the host that an image shows, as read-only mounts."""
+    return (Mount("bind", target, source, read_only=True) for source, target in tree.binds)
+
+
+def _no_idmap(path: str, what: str) -> str:
+    advice = "put it on ext4, xfs or btrfs, or use a later kernel (tmpfs: Linux 6.3)"
+    return f"{path} is on a file system that has none under Linux {os.uname().release}, and {what} needs them: {advice}"
 
 
 def _stopped() -> DiycError:
