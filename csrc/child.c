@@ -116,7 +116,6 @@ static long child_move_mount(const struct step *step, int fd) {
         return target;
     long ret = sys_move_mount(fd, "", (int)target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
     sys_close((int)target);
-    sys_close(fd);
     return ret;
 }
 
@@ -255,6 +254,8 @@ static long child_step(struct run *run, const struct step *step) {
         return child_mkdir(step);
     case STEP_MKNOD_FILE:
         return child_mknod_file(step);
+    case STEP_CHOWN:
+        return sys_call(__NR_fchownat, AT_FDCWD, SYS_P(step->target), run->id_first, run->id_first, 0);
     case STEP_WRITE_FILE:
         return child_write_file(step);
     case STEP_SYMLINK:
@@ -303,15 +304,18 @@ static long child_step(struct run *run, const struct step *step) {
     return -ENOSYS;
 }
 
-_Noreturn void child_main(void *argument) {
-    struct run *run = argument;
-    long ret = -ENOEXEC; /* of a plan without an exec step, which plan.c refuses */
-    for (uint32_t i = 0; i < run->plan->step_count; i++) {
+long steps_walk(struct run *run, uint32_t first, uint32_t end) {
+    long ret = 0;
+    for (uint32_t i = first; i < end && ret >= 0; i++) {
         run->progress.index = i;
         ret = child_step(run, &run->plan->steps[i]);
-        if (ret < 0)
-            break;
     }
+    return ret;
+}
+
+_Noreturn void child_main(void *argument) {
+    struct run *run = argument;
+    long ret = steps_walk(run, run->plan->spawner_steps, run->plan->step_count);
     run->progress.error = (int32_t)-ret;
     for (;;)
         sys_call1(__NR_exit_group, 127);

@@ -9,7 +9,7 @@
 /* A plan from a sequence of (kind, fd, out, flags, source, target, type, data) tuples; kind is an index into
  * step_names, the texts are str, bytes or None, data is bytes or None. NULL with an exception set: TypeError
  * or ValueError naming the step. Free with plan_free. */
-struct plan *plan_convert(PyObject *steps, unsigned long long clone_flags, unsigned registers);
+struct plan *plan_convert(PyObject *steps, unsigned long long clone_flags, unsigned registers, unsigned spawner_steps);
 void plan_free(struct plan *plan);
 
 /* One run of `plan`, in one block of memory that plain free() releases. */

@@ -27,13 +27,14 @@ typedef struct {
 } PlanObject;
 
 static PyObject *Plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"steps", "clone_flags", "registers", NULL};
+    static char *names[] = {"steps", "clone_flags", "registers", "spawner_steps", NULL};
     PyObject *steps;
     unsigned long long clone_flags;
-    unsigned registers;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKI:Plan", names, &steps, &clone_flags, &registers))
+    unsigned registers, spawner_steps = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OKI|I:Plan", names, &steps, &clone_flags, &registers,
+                                     &spawner_steps))
         return NULL;
-    struct plan *plan = plan_convert(steps, clone_flags, registers);
+    struct plan *plan = plan_convert(steps, clone_flags, registers, spawner_steps);
     if (!plan)
         return NULL;
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -57,7 +58,8 @@ static void Plan_dealloc(PyObject *self) {
 static PyType_Slot plan_slots[] = {
     {Py_tp_new, Plan_new},
     {Py_tp_dealloc, Plan_dealloc},
-    {Py_tp_doc, "Plan(steps, clone_flags, registers): steps in C memory, ready to be walked by any number of runs."},
+    {Py_tp_doc,
+     "Plan(steps, clone_flags, registers, spawner_steps=0): steps in C memory, walked by any number of runs."},
     {0, NULL},
 };
 
@@ -173,7 +175,7 @@ static PyObject *run_report(const struct run *run) {
         PyTuple_SetItem(marks, i, PyLong_FromUnsignedLongLong(run->progress.marks[i]));
     if (!marks)
         return NULL;
-    const int index = run->pid ? (int)run->progress.index : -1;
+    const int index = (int)run->progress.index; /* UINT32_MAX, clone3 itself, becomes -1 */
     return Py_BuildValue("KiiOiiKKN", (unsigned long long)run->token, run->pid, run->pidfd,
                          run->failed ? Py_True : Py_False, run->error, index, (unsigned long long)run->dequeued_ns,
                          (unsigned long long)run->started_ns, marks);

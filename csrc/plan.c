@@ -4,6 +4,7 @@
  * The child trusts what it walks. */
 #include "convert.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -97,6 +98,7 @@ static int step_needs(uint32_t kind, int has_fd, int has_out, int has_source, in
         [STEP_CGROUP_JOIN] = {.fd = 1},
         [STEP_MKDIR] = {.target = 1},
         [STEP_MKNOD_FILE] = {.target = 1},
+        [STEP_CHOWN] = {.target = 1},
         [STEP_WRITE_FILE] = {.target = 1, .data = 1},
         [STEP_SYMLINK] = {.source = 1, .target = 1},
         [STEP_MOUNT] = {.target = 1},
@@ -242,14 +244,18 @@ static struct plan *steps_convert(PyObject *sequence, Py_ssize_t count, struct s
     return plan;
 }
 
-struct plan *plan_convert(PyObject *sequence, unsigned long long clone_flags, unsigned registers) {
+struct plan *plan_convert(PyObject *sequence, unsigned long long clone_flags, unsigned registers,
+                          unsigned spawner_steps) {
     PyObject *items = PySequence_Tuple(sequence);
     if (!items)
         return NULL;
     const Py_ssize_t count = PyTuple_Size(items);
     struct plan *plan = NULL;
     struct step *steps = count ? calloc((size_t)count, sizeof(*steps)) : NULL;
-    if (steps)
+    if (count && spawner_steps >= (size_t)count)
+        PyErr_Format(PyExc_ValueError, "%u of %zd steps for the spawner leave none for the child", spawner_steps,
+                     count);
+    else if (steps)
         plan = steps_convert(items, count, steps, registers);
     else if (count)
         PyErr_NoMemory();
@@ -260,6 +266,7 @@ struct plan *plan_convert(PyObject *sequence, unsigned long long clone_flags, un
     if (plan) {
         plan->clone_flags = clone_flags;
         plan->register_count = registers;
+        plan->spawner_steps = spawner_steps;
     }
     return plan;
 }
@@ -327,6 +334,8 @@ static struct run *run_layout(const struct layout *layout, const struct plan *pl
     run->paths = (const char *const *)layout_array(layout, counts[0] + counts[1], counts[2], &at_slots, &at);
     const Py_ssize_t rest = counts[0] + counts[1] + counts[2];
     run->id_map = layout_copy(layout, rest, &at, NULL);
+    if (run->id_map && sscanf(run->id_map, "%*u %u", &run->id_first) != 1)
+        run->id_first = 0; /* the kernel will refuse such a map in its own words */
     run->oom_score_adj = layout_copy(layout, rest + 1, &at, NULL);
     run->plan = plan;
     run->cgroup_fd = -1;

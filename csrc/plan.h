@@ -23,6 +23,7 @@
     X(SETRESUID, "setresuid")         /* flags: uid */                                                                 \
     X(MKDIR, "mkdir")                 /* target, flags: mode; one that exists is kept */                               \
     X(MKNOD_FILE, "mknod_file")       /* target: an empty file to mount upon; one that exists is kept */               \
+    X(CHOWN, "chown")                 /* target: to the first id of the run's range, that is root inside */            \
     X(WRITE_FILE, "write_file")       /* target is made anew with data as its content, flags: mode */                  \
     X(SYMLINK, "symlink")             /* source: what the link says, target: where it lies */                          \
     X(MOUNT, "mount")                 /* source, target, type, flags, data as in mount(2) */                           \
@@ -71,6 +72,7 @@ struct plan {
     uint64_t clone_flags; /* CLONE_NEW... of clone3(2) */
     uint32_t step_count;
     uint32_t register_count;
+    uint32_t spawner_steps; /* the first so many are the spawner thread's own, before clone3 */
     const struct step *steps;
 };
 
@@ -94,6 +96,7 @@ struct run {
     char *const *argv;
     char *const *envp;
     const char *const *paths;
+    uint32_t id_first;           /* host id of root inside */
     const char *id_map;          /* text for uid_map and gid_map, NULL without a user namespace */
     const char *oom_score_adj;   /* text, NULL to leave it */
     int cgroup_fd;               /* CLONE_INTO_CGROUP, -1 for none */
@@ -109,7 +112,10 @@ struct run {
     uint64_t started_ns;
 };
 
-/* child.c: walks the run's steps; never returns. */
+/* child.c: walks the run's steps from the spawner's on; never returns. */
 _Noreturn void child_main(void *run);
+
+/* Walk steps `first` to `end - 1`; 0 or -errno, with run->progress.index at the step that failed. */
+long steps_walk(struct run *run, uint32_t first, uint32_t end);
 
 #endif

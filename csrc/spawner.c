@@ -233,13 +233,21 @@ static void reap(struct run *run) {
     while (waitid(P_PIDFD, (id_t)run->pidfd, &info, WEXITED | __WALL) < 0 && errno == EINTR)
         continue;
     close(run->pidfd);
+}
+
+/* What the spawner's own steps mounted: the child has its copy, or is dead. */
+static void spawner_steps_undo(const struct run *run) {
+    if (run->plan->spawner_steps)
+        syscall(__NR_umount2, "/scratch", DETACH);
+}
+
+static void run_fail(struct run *run, int error) {
+    run->error = error;
+    run->failed = 1;
     run->pidfd = -1;
 }
 
-static void run_spawn(struct spawner_thread *thread, struct run *run) {
-    run->requests = &thread->spawner->requests;
-    run->dequeued_ns = now_ns();
-    run->pidfd = -1;
+static void run_clone(struct spawner_thread *thread, struct run *run) {
     struct sys_clone_args args = {
         .flags = run->plan->clone_flags | CLONE_VM | CLONE_VFORK | CLONE_PIDFD | CLONE_PARENT_SETTID |
                  CLONE_CLEAR_SIGHAND | (run->cgroup_fd >= 0 ? CLONE_INTO_CGROUP : 0),
@@ -253,14 +261,26 @@ static void run_spawn(struct spawner_thread *thread, struct run *run) {
     set_current(thread, run);
     long pid = sys_clone3_call(&args, child_main, run);
     run->started_ns = now_ns();
-    int walked = run->progress.index + 1 == run->plan->step_count;
-    run->error = pid < 0 ? (int)-pid : run->progress.error;
-    run->failed = pid < 0 || run->error != 0 || !walked;
     set_current(thread, NULL);
-    if (pid < 0)
-        run->pidfd = -1;
-    else if (run->failed)
+    if (pid < 0) {
+        run->progress.index = UINT32_MAX;
+        run_fail(run, (int)-pid);
+    } else if (run->progress.error || run->progress.index + 1 != run->plan->step_count) {
         reap(run);
+        run_fail(run, run->progress.error);
+    }
+}
+
+static void run_spawn(struct spawner_thread *thread, struct run *run) {
+    run->requests = &thread->spawner->requests;
+    run->dequeued_ns = now_ns();
+    run->pidfd = -1;
+    long ret = steps_walk(run, 0, run->plan->spawner_steps);
+    if (ret < 0)
+        run_fail(run, (int)-ret);
+    else
+        run_clone(thread, run);
+    spawner_steps_undo(run);
 }
 
 static void done_push(struct spawner *spawner, struct run *run) {

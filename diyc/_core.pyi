@@ -4,7 +4,9 @@ STEP_NAMES: tuple[str, ...]
 MARK_COUNT: int
 
 class Plan:
-    def __init__(self, steps: Sequence[tuple[object, ...]], clone_flags: int, registers: int) -> None: ...
+    def __init__(
+        self, steps: Sequence[tuple[object, ...]], clone_flags: int, registers: int, spawner_steps: int = 0
+    ) -> None: ...
 
 class Spawner:
     def __init__(self, threads: int, scratch: str) -> None: ...

@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diyc import process
 from diyc.cgroups import Cgroups, RunCgroup
@@ -19,7 +19,7 @@ from diyc.environment import candidates, default_hostname, environment
 from diyc.errors import DiycError, SetupError
 from diyc.images.store import RootTree
 from diyc.jobs import JobSpec, Run
-from diyc.plan import OOM_SCORE_ADJ, Bind, Box, Plan, User, build_plan
+from diyc.plan import OOM_SCORE_ADJ, Box, Plan, build_plan
 from diyc.process import Exit, Launch, Launcher, Started
 from diyc.results import CgroupFigures, Ending, Result, Verdict, classify
 from diyc.slots import Slot, Slots
@@ -44,23 +44,14 @@ class Services:
 
 
 class Prepared:
-    """What all runs of a job share: its image, its user, and its plan (built once for each host name)."""
+    """What all runs of a job share: its image, and its plan (built once for each host name).
 
-    def __init__(
-        self,
-        spec: JobSpec,
-        tree: RootTree,
-        user: User,
-        binds: tuple[Bind, ...],
-        capabilities: int,
-        cgroups: Cgroups,
-    ) -> None:
+    `box` is a run's but for its host name and the number of v1 cgroups it joins."""
+
+    def __init__(self, spec: JobSpec, tree: RootTree, box: Box) -> None:
         self.spec = spec
         self.tree = tree
-        self.user = user
-        self._capabilities = capabilities
-        self._into_cgroup = cgroups.layout != "v1"
-        self.binds = binds
+        self.box = box
         self._plans: dict[tuple[str, int], Plan] = {}
 
     def plan(self, hostname: str, joins: int) -> Plan:
@@ -69,8 +60,7 @@ class Prepared:
         if key not in self._plans:
             if len(self._plans) >= 64:
                 self._plans.clear()
-            box = Box(hostname, self.user, self.binds, joins, self._into_cgroup, self._capabilities)
-            self._plans[key] = build_plan(self.spec, box)
+            self._plans[key] = build_plan(self.spec, replace(self.box, hostname=hostname, joins=joins))
         return self._plans[key]
 
 
@@ -150,7 +140,7 @@ class Execution:
         self._begun = time.monotonic()
         try:
             self._launch()
-        except (DiycError, OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the run must end with a result that says so
             self._error = error
             self._services.loop.call_soon(self._finish)
 
@@ -164,7 +154,7 @@ class Execution:
         self._cgroup_s = time.monotonic() - self._begun
         self._until_started.callback(cgroup.close_join_fds)
         hostname = default_hostname(run)
-        env = environment(run, hostname, self.prepared.user.home)
+        env = environment(run, hostname, self.prepared.box.user.home)
         argv = [run.expand(word) for word in run.spec.argv]
         launch = Launch(
             plan=self.prepared.plan(hostname, len(cgroup.join_fds)),
@@ -182,7 +172,7 @@ class Execution:
     def _descriptors(self, slot: Slot, cgroup: RunCgroup) -> dict[str, int]:
         fds = {f"tasks{i}": fd for i, fd in enumerate(cgroup.join_fds)}
         fds["layer"] = self._tree(self.prepared.tree.path, slot.userns, read_only=False)
-        for i, bind in enumerate(self.prepared.binds):
+        for i, bind in enumerate(self.prepared.box.binds):
             userns = slot.userns if bind.idmapped else None
             fds[f"bind{i}"] = self._tree(bind.source, userns, read_only=bind.read_only)
         fds["stdin"] = self._open_stdin() if self._stdin is None else self._stdin

@@ -5,6 +5,7 @@ user namespace, an idmapped mount of this very file system) is tried by the supe
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -139,3 +140,17 @@ def load_overlay(proc: Path = Path("/proc")) -> None:
     """Ask for the overlay module where it is not loaded yet; read_host() tells whether that helped."""
     if "overlay" not in _read(proc / "filesystems") and shutil.which("modprobe"):
         subprocess.run(["modprobe", "--quiet", "overlay"], check=False, stdin=subprocess.DEVNULL)
+
+
+def tmpfs_keeps_user_attributes() -> bool:
+    """Whether a tmpfs of this kernel has user.* attributes (Linux 6.6): an overlay in a user namespace needs them."""
+    memory = os.memfd_create("diyc-probe", os.MFD_CLOEXEC)  # a file on the kernel's own tmpfs
+    try:
+        os.setxattr(memory, "user.diyc", b"probe")
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    finally:
+        os.close(memory)
+    return True

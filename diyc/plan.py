@@ -63,6 +63,7 @@ STEP_DOCS: dict[str, StepDoc] = {
     "setresuid": StepDoc("setresuid({flags}, {flags}, {flags})", "setresuid(2)"),
     "mkdir": StepDoc("mkdirat({target}, {flags})", "mkdir(2)"),
     "mknod_file": StepDoc("mknodat({target}, S_IFREG)", "mknod(2)"),
+    "chown": StepDoc("fchownat({target}, FIRST, FIRST)", "chown(2)"),
     "write_file": StepDoc("openat2({target}, O_CREAT|O_EXCL|O_NOFOLLOW) + write({data})", "openat2(2)"),
     "symlink": StepDoc("symlinkat({source}, {target})", "symlink(2)"),
     "mount": StepDoc("mount({source}, {target}, {type}, {flags}, {data})", "mount(2)"),
@@ -191,7 +192,8 @@ class User:
 class Box:
     """What a plan needs to know beyond the job: its root, its mounts and how it enters its cgroups.
 
-    `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors."""
+    `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors. Before Linux 6.6 a tmpfs has
+    no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it."""
 
     hostname: str
     user: User = User()
@@ -199,16 +201,20 @@ class Box:
     joins: int = 0
     into_cgroup: bool = False
     capabilities: int = 0
+    overlay_by_spawner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Steps in the order in which the kernel sees them. `given` names the registers that the supervisor fills."""
+    """Steps in the order in which the kernel sees them, the first `spawner_steps` of them before clone3.
+
+    `given` names the registers that the supervisor fills, `registers` all of them."""
 
     steps: tuple[Step, ...]
     clone_flags: int
     given: tuple[str, ...]
     registers: tuple[str, ...] = field(default=())
+    spawner_steps: int = 0
 
     def rows(self, kinds: dict[str, int]) -> list[tuple[object, ...]]:
         """The steps as csrc/plan.c wants them; `kinds` maps names to the C enum."""
@@ -236,9 +242,11 @@ class Plan:
 
 def build_plan(spec: JobSpec, box: Box) -> Plan:
     """Every step of one run of `spec`, first to last. Pure; equal arguments give equal plans."""
+    before = _overlay(spec, "", by_spawner=True) if box.overlay_by_spawner else ()
     steps = (
+        *before,
         *_identity(box),
-        *_root(spec),
+        *(_root_from_spawner() if box.overlay_by_spawner else _root(spec)),
         *_kernel_filesystems(spec),
         *_etc(box),
         *_mounts(spec, box),
@@ -258,7 +266,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
     )
     made = tuple(step.out for step in steps if step.out)
     flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET
-    return Plan(steps, flags, given, given + made)
+    return Plan(steps, flags, given, given + made, len(before))
 
 
 def _identity(box: Box) -> tuple[Step, ...]:
@@ -287,14 +295,20 @@ def _identity(box: Box) -> tuple[Step, ...]:
     )
 
 
+_PRIVATE = Step("mount", "no mount made here shows on the host", target="/", flags=MS_REC | MS_PRIVATE)
+
+
 def _root(spec: JobSpec) -> tuple[Step, ...]:
+    return (_PRIVATE, *_overlay(spec, ",userxattr"))
+
+
+def _overlay(spec: JobSpec, options: str, *, by_spawner: bool = False) -> tuple[Step, ...]:
+    """The image below, a tmpfs of limits.disk bytes for what the job writes above."""
     size = f"size={spec.limits.disk or 0},mode=0755"
-    why_size = "all that the job writes to its root; " + ("limits.disk" if spec.limits.disk else "no limit")
     return (
-        Step("mount", "no mount made here shows on the host", target="/", flags=MS_REC | MS_PRIVATE),
         Step(
             "mount",
-            why_size,
+            "all that the job writes to its root; " + ("limits.disk" if spec.limits.disk else "no limit"),
             source="scratch",
             target="/scratch",
             type="tmpfs",
@@ -310,12 +324,8 @@ def _root(spec: JobSpec) -> tuple[Step, ...]:
                 ("root", "the new root"),
             )
         ),
-        Step(
-            "move_mount",
-            "the image, prepared by the supervisor: its root is the job's root",
-            fd="layer",
-            target="/scratch/lower",
-        ),
+        *((Step("chown", "root inside owns the new root", target="/scratch/upper"),) if by_spawner else ()),
+        Step("move_mount", "the image, prepared by the supervisor", fd="layer", target="/scratch/lower"),
         Step(
             "mount",
             "the image below, the job's writes above; they vanish with the namespace",
@@ -323,8 +333,23 @@ def _root(spec: JobSpec) -> tuple[Step, ...]:
             target="/scratch/root",
             type="overlay",
             flags=MS_NOSUID | MS_NODEV,
-            data=b"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work,userxattr",
+            data=f"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work{options}".encode(),
         ),
+    )
+
+
+def _root_from_spawner() -> tuple[Step, ...]:
+    """The child's copy of the spawner's mounts is locked and no root to pivot to; a clone of it is."""
+    return (
+        _PRIVATE,
+        Step(
+            "open_tree",
+            "the root that the spawner mounted",
+            out="root",
+            source="/scratch/root",
+            flags=OPEN_TREE_CLONE | O_CLOEXEC,
+        ),
+        Step("move_mount", "over the spawner's own", fd="root", target="/scratch/root"),
     )
 
 

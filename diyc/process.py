@@ -126,7 +126,7 @@ class Launcher:
 
 
 def _compile(plan: Plan) -> _core.Plan:
-    return _core.Plan(plan.rows(_KINDS), plan.clone_flags, len(plan.registers))
+    return _core.Plan(plan.rows(_KINDS), plan.clone_flags, len(plan.registers), plan.spawner_steps)
 
 
 def _steps(dequeued: int, started: int, marks: tuple[int, ...]) -> dict[str, float]:

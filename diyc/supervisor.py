@@ -22,14 +22,14 @@ from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftov
 from diyc.config import SupervisorConfig, supervisor_from_mapping
 from diyc.errors import CgroupError, DiycError, HostError
 from diyc.execution import Execution, Prepared, Services, Sink
-from diyc.host import load_overlay, read_host
+from diyc.host import load_overlay, read_host, tmpfs_keeps_user_attributes
 from diyc.ids import new_id
 from diyc.images.store import ImageStore, RootTree
 from diyc.images.users import resolve_user
 from diyc.instance import Instance, Leftover
 from diyc.jobs import JobSpec, Mount, Run
 from diyc.metrics import LiveContainer
-from diyc.plan import Bind, User
+from diyc.plan import Bind, Box, User
 from diyc.process import Launcher
 from diyc.results import Result
 from diyc.slots import RANGE, Slots
@@ -103,6 +103,7 @@ class Supervisor:
         self._sequence = itertools.count()
         self._prepared: dict[JobSpec, Prepared] = {}
         self._owned = ExitStack()
+        self._overlay_by_spawner = not tmpfs_keeps_user_attributes()
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -175,7 +176,15 @@ class Supervisor:
         if not process.can_idmap(tree.path, self._userns):
             raise HostError("idmapped mounts", _no_idmap(tree.path, "the image"))
         binds = tuple(self._bind(mount) for mount in (*_image_mounts(tree), *spec.mounts) if mount.type == "bind")
-        return Prepared(spec, tree, user, binds, capabilities.mask(spec.cap_add), self.cgroups)
+        box = Box(
+            hostname="",
+            user=user,
+            binds=binds,
+            into_cgroup=self.cgroups.layout != "v1",
+            capabilities=capabilities.mask(spec.cap_add),
+            overlay_by_spawner=self._overlay_by_spawner,
+        )
+        return Prepared(spec, tree, box)
 
     def _bind(self, mount: Mount) -> Bind:
         """Without shifted ids a read-only mount still serves, a writable one could be written by nobody."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diyc.capabilities import mask
 from diyc.cli.text import Paint, printable, use_color
 from diyc.environment import candidates, default_hostname, environment
+from diyc.host import tmpfs_keeps_user_attributes
 from diyc.jobs import JobSpec, Run
-from diyc.plan import OOM_SCORE_ADJ, STEP_DOCS, Bind, Box, Plan, User, build_plan
+from diyc.plan import OOM_SCORE_ADJ, STEP_DOCS, Bind, Box, Plan, Step, User, build_plan
 from diyc.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -128,7 +129,13 @@ def render_plan(spec: JobSpec, cgroups: Preview, paint: Paint, indent: str = "")
 def calls(spec: JobSpec, cgroups: Preview) -> list[Call]:
     """What the kernel sees of one run from its first directory to execve."""
     plan, box = plan_of(spec, cgroups)
-    return [*_cgroup_calls(cgroups), *_mount_calls(spec, box), *_clone_calls(plan, box), *_child_calls(plan, cgroups)]
+    return [
+        *_cgroup_calls(cgroups),
+        *_mount_calls(spec, box),
+        *(_step_call(SPAWNER, step, cgroups) for step in plan.steps[: plan.spawner_steps]),
+        *_clone_calls(plan, box),
+        *(_step_call(CHILD, step, cgroups) for step in plan.steps[plan.spawner_steps :]),
+    ]
 
 
 def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
@@ -141,7 +148,14 @@ def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
     if spec.image.kind == "host":
         binds = (Bind("/usr", "/usr", True), *binds)
     hostname = default_hostname(Run(UNKNOWN_ID, spec))
-    box = Box(hostname, User(), binds, len(cgroups.joins), cgroups.into is not None, mask(spec.cap_add))
+    box = Box(
+        hostname,
+        binds=binds,
+        joins=len(cgroups.joins),
+        into_cgroup=cgroups.into is not None,
+        capabilities=mask(spec.cap_add),
+        overlay_by_spawner=not tmpfs_keeps_user_attributes(),
+    )
     return build_plan(spec, box), box
 
 
@@ -198,14 +212,11 @@ def _clone_calls(plan: Plan, box: Box) -> list[Call]:
     ]
 
 
-def _child_calls(plan: Plan, cgroups: Preview) -> list[Call]:
-    rows = []
-    for step in plan.steps:
-        call = step.call()
-        if step.kind == "cgroup_join" and step.fd is not None:
-            call = f'write("{cgroups.joins[int(step.fd.removeprefix("tasks"))]}/RUN/tasks", "0")'
-        rows.append(Call(CHILD, call, step.why, STEP_DOCS[step.kind].source))
-    return rows
+def _step_call(who: str, step: Step, cgroups: Preview) -> Call:
+    call = step.call()
+    if step.kind == "cgroup_join" and step.fd is not None:
+        call = f'write("{cgroups.joins[int(step.fd.removeprefix("tasks"))]}/RUN/tasks", "0")'
+    return Call(who, call, step.why, STEP_DOCS[step.kind].source)
 
 
 def plan_json(spec: JobSpec, cgroups: Preview) -> dict[str, Any]:

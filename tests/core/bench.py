@@ -47,7 +47,7 @@ class Bench:
         given = given or {}
         made = tuple(step.out for step in steps if step.out)
         plan = Plan(steps, settings.get("namespaces", NAMESPACES), tuple(given), (*given, *made))
-        compiled = _core.Plan(plan.rows(KINDS), plan.clone_flags, len(plan.registers))
+        compiled = _core.Plan(plan.rows(KINDS), plan.clone_flags, len(plan.registers), settings.get("spawner_steps", 0))
         self._token += 1
         self.spawner.submit(
             compiled,

@@ -47,9 +47,24 @@ def test_a_plan_that_the_child_could_not_walk_is_refused(steps: list[tuple[objec
         _core.Plan(steps, 0, 2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 2**32 - 1])
+def test_the_spawner_cannot_be_given_every_step(count: int) -> None:
+    with pytest.raises(ValueError, match="leave none for the child"):
+        _core.Plan([EXEC], 0, 0, count)
+
+
 @pytest.mark.parametrize(
     "steps",
-    [None, 7, [None], [()], [(1, 2, 3)], [("mark", *EXEC[1:])], [row("chdir", target=7), EXEC], [row("mount", data="x")]],
+    [
+        None,
+        7,
+        [None],
+        [()],
+        [(1, 2, 3)],
+        [("mark", *EXEC[1:])],
+        [row("chdir", target=7), EXEC],
+        [row("mount", data="x")],
+    ],
 )
 def test_a_step_of_the_wrong_type_is_refused(steps: object) -> None:
     with pytest.raises(TypeError):

@@ -31,6 +31,7 @@ FAILING: dict[str, tuple[Step, int]] = {
     "setresuid": (Step("setresuid", flags=70000), errno.EINVAL),
     "mkdir": (Step("mkdir", target="/nowhere/dir", flags=0o755), errno.ENOENT),
     "mknod_file": (Step("mknod_file", target="/nowhere/file"), errno.ENOENT),
+    "chown": (Step("chown", target="/nowhere"), errno.ENOENT),
     "write_file": (Step("write_file", target="/nowhere/file", data=b"text"), errno.ENOENT),
     "symlink": (Step("symlink", source="to", target="/nowhere/link"), errno.ENOENT),
     "mount": (Step("mount", source="x", target="/", type="nosuchfs"), errno.ENODEV),
@@ -94,6 +95,17 @@ def test_the_bounding_set_needs_a_capability(bench: Bench) -> None:
 def test_clone_itself_failing_is_reported_as_such(bench: Bench) -> None:
     outcome = bench.run(EXEC, namespaces=1 << 63)  # no such flag
     assert (outcome.failed, outcome.index, outcome.errno, outcome.pid) == (True, -1, errno.EINVAL, 0)
+
+
+def test_a_failing_step_of_the_spawner_is_reported_and_the_next_run_finds_a_clean_spawner(bench: Bench) -> None:
+    tmpfs = Step("mount", source="t", target="/scratch", type="tmpfs")
+    make = Step("mkdir", target="/scratch/made", flags=0o755)
+    for _ in range(3):
+        outcome = bench.run(tmpfs, make, Step("chown", target="/nowhere"), EXEC, spawner_steps=3)
+        assert (outcome.failed, outcome.index, outcome.errno, outcome.pid) == (True, 2, errno.ENOENT, 0)
+    outcome = bench.run(make, EXEC, spawner_steps=1, namespaces=CLONE_NEWNS)
+    assert (outcome.index, outcome.errno) == (1, errno.ENOENT)  # the command: /scratch was there and empty
+    assert bench.run(Step("chdir", target="/scratch/made"), EXEC).errno == errno.ENOENT
 
 
 def test_a_dead_parent_is_noticed(bench: Bench) -> None:
@@ -172,7 +184,11 @@ def test_a_run_that_hangs_in_its_setup_can_be_killed_and_says_where(bench: Bench
 
 def dispositions() -> dict[str, Any]:
     status = Path("/proc/self/status").read_text()
-    return {line.split(":")[0]: line for line in status.splitlines() if line.startswith(("Sig", "Uid", "Gid", "Cap", "Umask"))}
+    return {
+        line.split(":")[0]: line
+        for line in status.splitlines()
+        if line.startswith(("Sig", "Uid", "Gid", "Cap", "Umask"))
+    }
 
 
 def test_nothing_the_child_does_reaches_the_supervisor(bench: Bench) -> None:

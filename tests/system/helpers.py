@@ -99,7 +99,7 @@ class Jobs:
         """The result of one run."""
 
         async def main() -> Result:
-            async with self.supervisor() as supervisor:
+            async with asyncio.timeout(2 * PATIENCE), self.supervisor() as supervisor:
                 return await supervisor.run(spec)
 
         return on_uvloop(main())
@@ -110,7 +110,7 @@ class Jobs:
 
     async def repeated(self, spec: JobSpec) -> list[Result]:
         """The results of DIYC_REPEAT runs of one job."""
-        async with self.supervisor() as supervisor:
+        async with asyncio.timeout(PATIENCE + REPEAT), self.supervisor() as supervisor:
             return [result async for result in supervisor.map([replace(spec, count=REPEAT)])]
 
 

@@ -140,7 +140,8 @@ def test_timeout_is_never_told_as_exit_or_signal(
     loop_kind: LoopKind, jobs: Jobs, command: str, end: tuple[int | None, int | None], least: float
 ) -> None:
     results = check_all(loop_kind, jobs, "timeout", Case((command,), (end,), TIMED_OUT, TIMEOUT))
-    assert all(result.wall_s is not None and least <= result.wall_s < least + 2 for result in results)
+    times = sorted(result.wall_s or 0 for result in results)
+    assert least <= times[0] <= times[-1] < least + 2
 
 
 def test_timeout_ends_the_whole_tree(jobs: Jobs) -> None:
