@@ -16,6 +16,8 @@ from diyc.cli import common
 from diyc.errors import ConfigError, DiycError, HostError, Problem, SetupError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from diyc.host import Feature
     from diyc.jobs import JobSpec
     from diyc.results import Result
@@ -131,12 +133,27 @@ async def _run(spec: JobSpec, state_dir: str | None, as_json: bool) -> Result:
     async with Supervisor(max_parallel=1, **settings) as supervisor:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Result] = loop.create_future()
+        loop.set_exception_handler(lambda loop, context: _defect(loop, context, ended))
         prepared = await supervisor.prepare(spec)
         sink = None if as_json else _stream
-        batch = supervisor.submit(prepared, ended.set_result, sink=sink, stdin=_stdin())
+
+        def on_result(result: Result) -> None:
+            if not ended.done():  # else the command has failed already
+                ended.set_result(result)
+
+        batch = supervisor.submit(prepared, on_result, sink=sink, stdin=_stdin())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, supervisor.cancel, batch)
         return await ended
+
+
+def _defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any], ended: asyncio.Future[Result]) -> None:
+    """An exception in a callback (a reader of our output that went away, or a defect of diyc) ends the command."""
+    cause = context.get("exception")
+    if not isinstance(cause, BrokenPipeError):
+        loop.default_exception_handler(context)
+    if not ended.done():
+        ended.set_exception(DiycError(f"cannot go on: {cause or context.get('message')}"))
 
 
 def _stdin() -> int | None:
