@@ -222,8 +222,9 @@ class Execution:
             return
         self._started = report
         self._held.callback(os.close, report.pidfd)
-        self._exec_at = time.monotonic()
-        self.started_at = time.time()
+        late = time.monotonic() - report.at  # the loop may have been busy meanwhile
+        self._exec_at = report.at
+        self.started_at = time.time() - late
         loop = self._services.loop
         for capture in self._captures:
             loop.add_reader(capture.fd, self._output, capture)
@@ -231,7 +232,7 @@ class Execution:
         if self._stopped_for is not None:
             self.kill()
         elif self.run.spec.timeout is not None:
-            self._timers.append(loop.call_later(self.run.spec.timeout, self.stop, "timeout"))
+            self._timers.append(loop.call_later(self.run.spec.timeout - late, self.stop, "timeout"))
 
     def _output(self, capture: Capture) -> None:
         capture.read()

@@ -34,10 +34,13 @@ _KINDS = {name: number for number, name in enumerate(_core.STEP_NAMES)}
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A job's process from execve on. The caller owns `pidfd`. `steps_s` are seconds spent in set-up."""
+    """A job's process from execve on, which was at time.monotonic() `at`; perhaps it has ended already.
+
+    The caller owns `pidfd`. `steps_s` are seconds spent in set-up."""
 
     pid: int
     pidfd: int
+    at: float
     steps_s: dict[str, float]
 
 
@@ -117,7 +120,7 @@ class Launcher:
         for token, pid, pidfd, failed, number, index, dequeued, started, marks in self._spawner.completions():
             plan, report = self._waiting.pop(token)
             if not failed:
-                report(Started(pid, pidfd, _steps(dequeued, started, marks)))
+                report(Started(pid, pidfd, started / 1e9, _steps(dequeued, started, marks)))
             elif index < 0:
                 report(SetupError("clone", 0, number, None))
             else:
