@@ -72,7 +72,7 @@ static long child_write_file(const struct step *step) {
     long ret = sys_call3(__NR_unlinkat, AT_FDCWD, SYS_P(step->target), 0);
     if (ret < 0 && ret != -ENOENT)
         return ret;
-    long fd = child_open(step->target, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, step->flags, 0);
+    long fd = child_open(step->target, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, step->flags, RESOLVE_NO_MAGICLINKS);
     if (fd < 0)
         return fd;
     ret = sys_write((int)fd, step->data, step->data_len);

@@ -65,15 +65,16 @@ class CgroupError(DiycError):
 
 
 class SetupError(DiycError):
-    """A step of a container's set-up failed (`index` counts the plan's steps from 0).
+    """A step of a container's set-up failed. `index` counts the plan's steps from 0; None before the plan begins.
 
     `errno` is the kernel's; 0 means that the process was killed at this step."""
 
-    def __init__(self, step: str, index: int, errno: int, target: str | None) -> None:
-        name = errno_names.errorcode.get(errno, str(errno))
-        cause = f"{os.strerror(errno)} ({name})" if errno else "killed"
+    def __init__(self, step: str, index: int | None, errno: int, target: str | None) -> None:
+        code = errno_names.errorcode.get(errno, str(errno))
+        cause = f"{os.strerror(errno)} ({code})" if errno else "killed"
         on = f" on {target!r}" if target else ""
-        super().__init__(f"step {index} ({step}){on} failed: {cause}")
+        name = step if index is None else f"step {index} ({step})"
+        super().__init__(f"{name}{on} failed: {cause}")
         self.step = step
         self.index = index
         self.errno = errno

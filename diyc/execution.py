@@ -176,23 +176,33 @@ class Execution:
             userns = slot.userns if bind.idmapped else None
             fds[f"bind{i}"] = self._tree(bind.source, userns, read_only=bind.read_only)
         fds["stdin"] = self._open_stdin() if self._stdin is None else self._stdin
-        fds["stdout"] = self._pipe("stdout")
-        fds["stderr"] = self._pipe("stderr")
+        fds["stdout"] = self._pipe("stdout", slot)
+        fds["stderr"] = self._pipe("stderr", slot)
         return fds
 
     def _tree(self, path: str, userns: int | None, *, read_only: bool) -> int:
         try:
             fd = process.mount_tree(path, userns=userns, read_only=read_only)
         except OSError as error:
-            what, reason = error.args[1], os.strerror(error.args[0])
-            raise DiycError(f"cannot prepare the mount of {path}: {what}: {reason}") from error
+            raise SetupError(error.args[1].split()[0], None, error.args[0], path) from error
         self._until_started.callback(os.close, fd)
         return fd
 
     def _open_stdin(self) -> int:
         """Only what can be read and nothing that leads elsewhere: a directory's descriptor would open the host."""
         path = self.run.spec.stdin or os.devnull
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            if path == os.devnull:
+                fd = os.open(path, flags)
+            else:  # by way of a read-only mount: /proc/self/fd/0 could be opened for writing otherwise
+                tree = process.mount_tree(path, userns=None, read_only=True)
+                try:
+                    fd = os.open(f"/proc/self/fd/{tree}", flags)
+                finally:
+                    os.close(tree)
+        except OSError as error:
+            raise SetupError("open", None, error.args[0], path) from error
         self._until_started.callback(os.close, fd)
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or path == os.devnull):
@@ -200,10 +210,12 @@ class Execution:
         os.set_blocking(fd, True)
         return fd
 
-    def _pipe(self, name: str) -> int:
+    def _pipe(self, name: str, slot: Slot) -> int:
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         self._held.callback(os.close, read_end)
         self._until_started.callback(os.close, write_end)
+        user = self.prepared.box.user  # who may open /dev/stdout
+        os.fchown(write_end, slot.first + user.uid, slot.first + user.gid)
         os.set_blocking(read_end, False)
         capture = Capture(name, read_end, self.run.spec.limits.output, self._sink)
         self._captures.append(capture)

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from diyc.jobs import JobSpec
+from diyc.jobs import JobSpec, Mount
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -250,6 +250,8 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         *_kernel_filesystems(spec),
         *_etc(box),
         *_mounts(spec, box),
+        *_proc(),
+        *_read_only(spec),
         *_names(spec, box),
         *_descriptors(),
         *_confinement(spec, box),
@@ -357,7 +359,6 @@ def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
     safe = ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC
     shm = min(SHM_SIZE, spec.limits.memory or SHM_SIZE)
     attach = (
-        ("proc", "only the job's own processes"),
         ("sys", "read-only, its own network only"),
         ("dev", "six harmless devices, read-only"),
     )
@@ -425,18 +426,33 @@ def _etc(box: Box) -> tuple[Step, ...]:
 
 
 def _mounts(spec: JobSpec, box: Box) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    for i, bind in enumerate(box.binds):
-        why = f"{bind.source} of the host, {'read-only' if bind.read_only else 'writable'}"
-        steps += _mount_point(bind.target, directory=bind.directory)
-        steps.append(Step("move_mount", why, fd=f"bind{i}", target=bind.target, flags=RESOLVE_NO_MAGICLINKS))
-    for mount in spec.mounts:
-        if mount.type == "tmpfs":
-            steps += _mount_point(mount.target, directory=True)
-            steps.append(_tmpfs(mount.target, mount.size, mount.read_only))
-    if not spec.writable:
-        steps.append(Step("mount_setattr", "writable = false", target="/", flags=ATTR_RDONLY))
-    return tuple(steps)
+    """Parents before what is mounted inside them."""
+    made = [(bind.target, _bind(i, bind)) for i, bind in enumerate(box.binds)]
+    made += [(m.target, _tmpfs_at(m)) for m in spec.mounts if m.type == "tmpfs"]
+    made.sort(key=lambda one: one[0].rstrip("/").count("/"))
+    return tuple(step for _, steps in made for step in steps)
+
+
+def _bind(i: int, bind: Bind) -> list[Step]:
+    why = f"{bind.source} of the host, {'read-only' if bind.read_only else 'writable'}"
+    move = Step("move_mount", why, fd=f"bind{i}", target=bind.target, flags=RESOLVE_NO_MAGICLINKS)
+    return [*_mount_point(bind.target, directory=bind.directory), move]
+
+
+def _tmpfs_at(mount: Mount) -> list[Step]:
+    return [*_mount_point(mount.target, directory=True), _tmpfs(mount.target, mount.size, mount.read_only)]
+
+
+def _proc() -> tuple[Step, ...]:
+    """Last of all mounts: with it come links to every descriptor that is still open, which no path may follow."""
+    return (
+        Step("mkdir", "the image may lack it", target="/proc", flags=0o755),
+        Step("move_mount", "only the job's own processes", fd="proc", target="/proc", flags=RESOLVE_NO_SYMLINKS),
+    )
+
+
+def _read_only(spec: JobSpec) -> tuple[Step, ...]:
+    return () if spec.writable else (Step("mount_setattr", "writable = false", target="/", flags=ATTR_RDONLY),)
 
 
 def _tmpfs(target: str, size: int | None, read_only: bool) -> Step:

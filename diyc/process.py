@@ -122,7 +122,7 @@ class Launcher:
             if not failed:
                 report(Started(pid, pidfd, started / 1e9, _steps(dequeued, started, marks)))
             elif index < 0:
-                report(SetupError("clone", 0, number, None))
+                report(SetupError("clone", None, number, None))
             else:
                 step = plan.steps[index]
                 report(SetupError(step.kind, index, number, step.target))

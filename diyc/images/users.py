@@ -5,6 +5,7 @@ The image is not trusted: its files are opened without following links out of it
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from diyc.errors import ImageError
 
 MAX_FILE = 4 * 1024**2
 MAX_ID = 65535
+_ID = re.compile("[0-9]{1,19}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,11 @@ def resolve_user(root: str, user: str) -> Account:
     for number in (uid, gid, *others):
         if number > MAX_ID:
             raise ImageError(f"id {number} of user {user!r} is above {MAX_ID}, the last id of a container")
-    return Account(uid, gid, others[:64], entry[5] if entry and entry[5].startswith("/") else "/")
+    return Account(uid, gid, others[:64], _home(entry[5]) if entry else "/")
+
+
+def _home(path: str) -> str:
+    return path if path.startswith("/") and "\0" not in path else "/"
 
 
 def _group(group: str, groups: list[list[str]]) -> int:
@@ -58,7 +64,7 @@ def _group(group: str, groups: list[list[str]]) -> int:
 def _entries(root: str, name: str, fields: int) -> list[list[str]]:
     rows = (line.split(":") for line in _read(root, name).decode("utf-8", "replace").split("\n"))
     ids = (2, 3) if fields == 7 else (2,)
-    return [row for row in rows if len(row) == fields and all(row[i].isascii() and row[i].isdigit() for i in ids)]
+    return [row for row in rows if len(row) == fields and all(_ID.fullmatch(row[i]) for i in ids)]
 
 
 def _read(root: str, name: str) -> bytes:

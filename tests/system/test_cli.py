@@ -402,7 +402,7 @@ def test_very_many_sleeping_jobs_overlap_and_a_scrape_answers_meanwhile(each_loo
         f'[jobs.sleep]\ncommand = ["sleep", "{seconds}"]\ncount = {count}\n{SMALL}\n',
         f'max_parallel = {parallel}\nmax_memory = "4GiB"\nmetrics_listen = "127.0.0.1:0"',
     )
-    with killed_at_the_end(each_loop.start("--json", stdout=open(each_loop.root / "out", "w+"))) as supervisor:  # noqa: SIM115
+    with killed_at_the_end(each_loop.start("--json", stdout=open(each_loop.root / "out", "w+"))) as supervisor:
         assert supervisor.stderr is not None
         address = metrics_address(supervisor.stderr)
         peak = 0.0

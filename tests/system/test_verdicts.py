@@ -346,11 +346,13 @@ def wait_for_processes(supervisor: subprocess.Popen[str], count: int) -> None:
 
 
 def is_waiting(pid: str) -> bool:
+    """Whether a job has said what it does with SIGTERM."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        return Path(f"/proc/{pid}/comm").read_text() == "probe\n" and "State:\tS" in status
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return False
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigIgn:", "SigCgt:"))]
+    return "Name:\tprobe" in lines and any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 # ---- infra ----

@@ -22,7 +22,7 @@ DANGEROUS = {
 @pytest.mark.skipif(not HEADER.exists(), reason="needs linux/capability.h (linux-libc-dev)")
 def test_numbers_are_those_of_the_kernels_header() -> None:
     header = dict(re.findall(r"^#define\s+CAP_([A-Z_]+)\s+(\d+)\s*$", HEADER.read_text(), re.MULTILINE))
-    assert NUMBERS == {name: int(header[name]) for name in NUMBERS}
+    assert {name: int(header[name]) for name in NUMBERS} == NUMBERS
 
 
 def test_what_the_configuration_allows_is_what_has_a_number_here() -> None:
