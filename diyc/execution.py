@@ -190,24 +190,15 @@ class Execution:
 
     def _open_stdin(self) -> int:
         """Only what can be read and nothing that leads elsewhere: a directory's descriptor would open the host."""
-        path = self.run.spec.stdin or os.devnull
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        path = self.run.spec.stdin
         try:
-            if path == os.devnull:
-                fd = os.open(path, flags)
-            else:  # by way of a read-only mount: /proc/self/fd/0 could be opened for writing otherwise
-                tree = process.mount_tree(path, userns=None, read_only=True)
-                try:
-                    fd = os.open(f"/proc/self/fd/{tree}", flags)
-                finally:
-                    os.close(tree)
+            fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) if path is None else process.open_read_only(path)
         except OSError as error:
             raise SetupError("open", None, error.args[0], path) from error
         self._until_started.callback(os.close, fd)
         mode = os.fstat(fd).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or path == os.devnull):
+        if path is not None and not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise DiycError(f"stdin {path} is neither a file nor a FIFO")
-        os.set_blocking(fd, True)
         return fd
 
     def _pipe(self, name: str, slot: Slot) -> int:

@@ -176,6 +176,18 @@ def mount_tree(path: str, *, userns: int | None, read_only: bool = False) -> int
     return _core.tree(path, attributes, -1 if userns is None else userns)
 
 
+def open_read_only(path: str) -> int:
+    """A descriptor that its holder cannot open again for writing by way of /proc/self/fd: it lies on a read-only
+    clone of its mount. Raises OSError; opening never waits, reading does."""
+    tree = mount_tree(path, userns=None, read_only=True)
+    try:
+        fd = os.open(f"/proc/self/fd/{tree}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    finally:
+        os.close(tree)
+    os.set_blocking(fd, True)
+    return fd
+
+
 def can_idmap(path: str, userns: int) -> bool:
     """Whether the file system of `path` takes part in idmapped mounts: most since Linux 5.12, tmpfs since 6.3."""
     try:

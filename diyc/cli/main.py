@@ -161,8 +161,16 @@ def _stdin() -> int | None:
     directory, which would lead out of the container."""
     import stat
 
-    mode = os.fstat(0).st_mode
-    return 0 if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+    from diyc.process import open_read_only
+
+    found = os.fstat(0)
+    if not stat.S_ISREG(found.st_mode):
+        return 0 if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode) else None
+    if found.st_nlink == 0:
+        return 0  # a here-document: nobody else can reach what the job might write there
+    fd = open_read_only("/proc/self/fd/0")
+    os.lseek(fd, os.lseek(0, 0, os.SEEK_CUR), os.SEEK_SET)
+    return fd
 
 
 def _stream(name: str, chunk: bytes) -> None:
