@@ -162,6 +162,7 @@ class _Session:
         """Prepare all jobs first: what cannot work is said before anything runs."""
         prepared = [await supervisor.prepare(spec) for spec in self._settings.jobs]
         self._tell_warnings(supervisor)
+        self._tell_memory_bound()
         for job in prepared:
             supervisor.submit(job, self._ended)
         await supervisor.wait()
@@ -222,6 +223,21 @@ class _Session:
             )
         self._metrics.leaked("cgroup", sum(left.cgroups for left in supervisor.leftovers))
         self._metrics.leaked("directory", sum(left.paths for left in supervisor.leftovers))
+
+    def _tell_memory_bound(self) -> None:
+        """Say so where memory, not max_parallel, decides how many run at once: else it looks like a slow machine."""
+        from diyc.units import format_size
+
+        config = self._settings.supervisor
+        for spec in self._settings.jobs:
+            wanted = min(config.max_parallel, spec.max_parallel or config.max_parallel, spec.count)
+            fitting = config.max_memory // spec.limits.memory if spec.limits.memory else wanted
+            if fitting < wanted:
+                each, sum_ = format_size(spec.limits.memory or 0), format_size(config.max_memory)
+                self._progress.message(
+                    f"{spec.name}: {fitting} runs at once, not {wanted}: "
+                    f"limits.memory of {each} each within supervisor.max_memory of {sum_}"
+                )
 
     def _tell_warnings(self, supervisor: Supervisor) -> None:
         for warning in supervisor.warnings:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from system.commands import MARK, Place, finish, killed_at_the_end, marked, our_cgroups, wait_until
+from system.commands import MARK, SOAK, Place, finish, killed_at_the_end, marked, our_cgroups, wait_until
 
 pytestmark = pytest.mark.privileged
 
@@ -164,13 +164,14 @@ def test_what_several_killed_supervisors_left_is_removed_while_a_living_one_goes
 def test_a_supervisor_killed_at_any_moment_leaves_no_process_and_the_next_start_cleans_up(
     place: Place, mark: str
 ) -> None:
+    """A child between two changes of its credentials must notice a parent that is dying and not yet dead."""
     before = our_cgroups()
     chance = random.Random(20)
     place.environment[MARK] = mark  # the supervisor's children before execve have its environment
-    jobs = f'[jobs.short]\nshell = "sleep 0.0{{index}} & wait"\ncount = 3000\nenv = {{ {MARK} = "{mark}" }}\n{SMALL}\n'
-    for attempt in range(20):
-        place.write(jobs, "max_parallel = 16")
-        with killed_at_the_end(place.start("-v", stderr=subprocess.PIPE)) as supervisor:
+    jobs = f'[jobs.many]\nshell = "sleep 1000 & wait"\ncount = 3000\nenv = {{ {MARK} = "{mark}" }}\n{SMALL}\n'
+    place.write(jobs, "max_parallel = 400")
+    for attempt in range(300 if SOAK else 20):
+        with killed_at_the_end(place.start("-v")) as supervisor:
             assert supervisor.stderr is not None
             for line in supervisor.stderr:
                 if line.startswith("start"):
