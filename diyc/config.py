@@ -252,7 +252,15 @@ def _kept_jobs(only: Iterable[str], tables: dict[str, Any], report: Report) -> C
     jobs = tables.get("jobs")
     if isinstance(jobs, dict):
         for name in sorted(chosen - jobs.keys()):
-            report.add_elsewhere(Problem("--only", None, "", f"no job is named {quoted(name)}", suggestion(name, jobs)))
+            report.add_elsewhere(
+                Problem(
+                    "--only",
+                    None,
+                    "",
+                    f"no job is named {quoted(name)}",
+                    suggestion(name, jobs) or f"there are: {', '.join(sorted(jobs)[:20])}",
+                )
+            )
     return lambda name: not chosen or name in chosen
 
 

@@ -69,12 +69,12 @@ class SetupError(DiycError):
 
     `errno` is the kernel's; 0 means that the process was killed at this step."""
 
-    def __init__(self, step: str, index: int | None, errno: int, target: str | None) -> None:
+    def __init__(self, step: str, index: int | None, errno: int, target: str | None, advice: str = "") -> None:
         code = errno_names.errorcode.get(errno, str(errno))
         cause = f"{os.strerror(errno)} ({code})" if errno else "killed"
         on = f" on {target!r}" if target else ""
         name = step if index is None else f"step {index} ({step})"
-        super().__init__(f"{name}{on} failed: {cause}")
+        super().__init__(f"{name}{on} failed: {cause}" + (f": {advice}" if advice else ""))
         self.step = step
         self.index = index
         self.errno = errno

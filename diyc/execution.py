@@ -6,6 +6,7 @@ taken is put on an ExitStack as it is taken and given back in reverse, whichever
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import time
@@ -218,8 +219,7 @@ class Execution:
         self._until_started.close()
         self._cancel_timers()
         if isinstance(report, SetupError):
-            if report.step == "exec":
-                report = SetupError("exec", report.index, report.errno, self.run.expand(self.run.spec.argv[0]))
+            report = self._in_words(report)
             self._error = self._error or report
             self._finish()
             return
@@ -236,6 +236,23 @@ class Execution:
             self.kill()
         elif self.run.spec.timeout is not None:
             self._timers.append(loop.call_later(self.run.spec.timeout - late, self.stop, "timeout"))
+
+    def _in_words(self, error: SetupError) -> SetupError:
+        """The steps that fail by what the job asks for say what that was and what to do."""
+        if error.step == "chdir":
+            advice = "the image has no such directory: workdir must be there"
+        elif error.step != "exec":
+            return error
+        else:
+            error.target = command = self.run.expand(self.run.spec.argv[0])
+            path = environment(self.run, "", "")["PATH"]
+            missing = "the image has none, or not what its #! line or its loader names"
+            advice = {
+                errno.ENOENT: missing if "/" in command else f"not in {path}",
+                errno.EACCES: "it may not be executed: chmod +x",
+                errno.ENOEXEC: "it is neither a program nor begins with #!",
+            }.get(error.errno, "")
+        return SetupError(error.step, error.index, error.errno, error.target, advice)
 
     def _output(self, capture: Capture) -> None:
         capture.read()

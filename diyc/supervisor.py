@@ -20,7 +20,7 @@ from typing import Any
 from diyc import capabilities, process
 from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftovers
 from diyc.config import SupervisorConfig, supervisor_from_mapping
-from diyc.errors import CgroupError, DiycError, HostError
+from diyc.errors import CgroupError, DiycError, HostError, ImageError
 from diyc.execution import Execution, Prepared, Services, Sink
 from diyc.host import load_overlay, read_host, tmpfs_keeps_user_attributes
 from diyc.ids import new_id
@@ -166,8 +166,11 @@ class Supervisor:
         Raises ImageError; HostError naming each limit that cannot be enforced (a warning where best-effort)."""
         if spec not in self._prepared:
             self._check_limits(spec)
-            tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
-            self._prepared[spec] = self._join(spec, tree)
+            try:
+                tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
+                self._prepared[spec] = self._join(spec, tree)
+            except ImageError as error:
+                raise ImageError(f"job {spec.name}, image {spec.image.name}: {error}") from error
         return self._prepared[spec]
 
     def _join(self, spec: JobSpec, tree: RootTree) -> Prepared:

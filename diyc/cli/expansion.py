@@ -32,7 +32,8 @@ def print_expansion(config: Config, *, plans: bool, as_json: bool) -> None:
         print(json.dumps({"type": "check", "file": config.file, "jobs": [_job_record(s) for s in config.jobs]}))
         return
     total = sum(spec.count for spec in config.jobs)
-    print(f"{config.file}: {len(config.jobs)} jobs, {total} runs, at most {config.supervisor.max_parallel} at once")
+    counts = f"{len(config.jobs)} job{'s' * (len(config.jobs) != 1)}, {total} run{'s' * (total != 1)}"
+    print(f"{config.file}: {counts}, at most {config.supervisor.max_parallel} at once")
     for spec in config.jobs:
         print(f"  {spec.name:<20} {spec.count:>6} x  {_short(spec)}")
         if plans:

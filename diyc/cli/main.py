@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diyc.host import Feature
     from diyc.jobs import JobSpec
     from diyc.results import Result
+    from diyc.supervisor import Batch, Supervisor
 
 PROGRAM = "diyc"
 FAILED, NOT_EXECUTABLE, NOT_FOUND, TIMED_OUT = 125, 126, 127, 124
@@ -40,10 +41,21 @@ def main() -> None:
     """Short-lived sandboxed jobs on Linux: this runs one and explains, diyc-supervisor runs many."""
 
 
+class RunCommand(click.Command):
+    """Mistakes in the command line are ours, 125: 2 may be the status of the command that is run."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.show()
+            raise SystemExit(FAILED) from error
+
+
 # -- run -------------------------------------------------------------------------------------------------------------
 
 
-@main.command(context_settings={**_CONTEXT, "allow_interspersed_args": False, "help_option_names": ["--help"]})
+@main.command(cls=RunCommand, context_settings={**_CONTEXT, "allow_interspersed_args": False})
 @click.option("-m", "--memory", metavar="SIZE", help="Memory limit, as 64MiB.")
 @click.option("--cpus", type=float, metavar="N", help="CPUs' worth of time.")
 @click.option("--cpuset", metavar="LIST", help="CPUs to run on, as 0-1.")
@@ -53,7 +65,7 @@ def main() -> None:
 @click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Environment; may be repeated.")
 @click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
 @click.option("-u", "--user", metavar="USER", help="Name, uid or uid:gid inside.")
-@click.option("-h", "--hostname", metavar="NAME", help="Host name inside.")
+@click.option("--hostname", metavar="NAME", help="Host name inside.")
 @click.option("--network", type=click.Choice(["none", "loopback"]), help="Default: none.")
 @click.option("-v", "--volume", multiple=True, metavar="SOURCE:TARGET[:ro]", help="Bind mount; may be repeated.")
 @click.option("--tmpfs", multiple=True, metavar="TARGET[:SIZE]", help="Memory file system; may be repeated.")
@@ -66,20 +78,23 @@ def main() -> None:
 def run(image: str, command: tuple[str, ...], state_dir: str | None, as_json: bool, **flags: Any) -> None:
     """Run COMMAND in a new container of IMAGE: "host", a directory, or a tar file.
 
-    Standard input, output and error are the command's. Exit status: the command's own; 124 timeout, 125 diyc failed,
-    126 not executable, 127 not found, 128+N killed by signal N."""
+    Standard input, output and error are the command's, without limits.output. Exit status: the command's own; 124
+    timeout, 125 diyc failed, 126 not executable, 127 not found, 128+N killed by signal N."""
     try:
         spec = _spec(image, command, flags)
         common.enter_systemd_scope()
         common.settle_process()
-        result = common.run_loop(lambda: _run(spec, state_dir, as_json))
+        got: list[int] = []
+        result = common.run_loop(lambda: _run(spec, state_dir, as_json, got))
+    except ReaderGone:
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except DiycError as error:
         common.fail(PROGRAM, error, FAILED)
     if as_json:
         print(json.dumps(result.record(), ensure_ascii=False))
-    elif _status(result) != (result.exit_code or 0):
+    elif _status(result) != (result.exit_code or 0) and not got:
         print(f"diyc: {result.verdict}: {result.reason}", file=sys.stderr)
-    raise SystemExit(_status(result))
+    raise SystemExit(128 + got[0] if got else _status(result))
 
 
 def _spec(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> JobSpec:
@@ -87,6 +102,9 @@ def _spec(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> JobSpe
     from diyc.api import Job
     from diyc.jobs import escape
 
+    if image != "host" and not os.path.exists(image):
+        problem = f'"{image}" is neither "host", nor a directory, nor a tar file'
+        raise ConfigError([Problem("command line", None, "IMAGE", problem)])
     limits = {key: flags[key] for key in ("memory", "cpus", "cpuset", "pids", "disk") if flags[key] is not None}
     job: dict[str, Any] = {
         "command": [escape(word) for word in command],
@@ -124,7 +142,7 @@ def _tmpfs(text: str) -> dict[str, Any]:
     return {"type": "tmpfs", "target": target, **({"size": size} if size else {})}
 
 
-async def _run(spec: JobSpec, state_dir: str | None, as_json: bool) -> Result:
+async def _run(spec: JobSpec, state_dir: str | None, as_json: bool, got: list[int]) -> Result:
     import asyncio
 
     from diyc.supervisor import Supervisor
@@ -143,17 +161,34 @@ async def _run(spec: JobSpec, state_dir: str | None, as_json: bool) -> Result:
 
         batch = supervisor.submit(prepared, on_result, sink=sink, stdin=_stdin())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, supervisor.cancel, batch)
+            loop.add_signal_handler(number, _interrupt, supervisor, batch, number, got)
+        if os.isatty(0):
+            print("diyc: the job's standard input is empty: terminals are not passed on yet", file=sys.stderr)
         return await ended
 
 
+def _interrupt(supervisor: Supervisor, batch: Batch, number: int, got: list[int]) -> None:
+    """Cancel the run; the exit status then tells the signal that this command got, as a shell expects."""
+    supervisor.cancel(batch)
+    got.append(number)
+
+
 def _defect(loop: asyncio.AbstractEventLoop, context: dict[str, Any], ended: asyncio.Future[Result]) -> None:
-    """An exception in a callback (a reader of our output that went away, or a defect of diyc) ends the command."""
+    """An exception in a callback ends the command: output that cannot be written, or a defect of diyc."""
     cause = context.get("exception")
-    if not isinstance(cause, BrokenPipeError):
+    if not isinstance(cause, OutputError):
         loop.default_exception_handler(context)
+        cause = DiycError(f"internal error: {cause or context.get('message')}")
     if not ended.done():
-        ended.set_exception(DiycError(f"cannot go on: {cause or context.get('message')}"))
+        ended.set_exception(cause)
+
+
+class OutputError(DiycError):
+    """The command's output cannot be passed on."""
+
+
+class ReaderGone(OutputError):
+    """Whoever read our output has had enough, as `head` does: no error to speak of."""
 
 
 def _stdin() -> int | None:
@@ -175,8 +210,13 @@ def _stdin() -> int | None:
 
 def _stream(name: str, chunk: bytes) -> None:
     fd = 1 if name == "stdout" else 2
-    while chunk:
-        chunk = chunk[os.write(fd, chunk) :]
+    try:
+        while chunk:
+            chunk = chunk[os.write(fd, chunk) :]
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise ReaderGone from error
+        raise OutputError(f"cannot write to {name}: {error.strerror}") from error
 
 
 def _status(result: Result) -> int:
@@ -271,7 +311,7 @@ def _trial() -> str | None:
     try:
         spec = job_from_mapping("doctor", {"command": ["true"], "timeout": "10s"})
         common.settle_process()
-        result = common.run_loop(lambda: _run(spec, None, True))
+        result = common.run_loop(lambda: _run(spec, None, True, []))
     except (DiycError, SetupError) as error:
         return str(error)
     return None if result.verdict == "ok" else f"{result.verdict}: {result.reason}"
@@ -295,6 +335,7 @@ def cleanup(runtime_dir: str | None) -> None:
     from diyc.cgroups import remove_leftovers
     from diyc.config import supervisor_from_mapping
     from diyc.ids import new_id
+    from diyc.images.host import remove_abandoned_skeletons
     from diyc.instance import Instance
 
     try:
@@ -304,6 +345,7 @@ def cleanup(runtime_dir: str | None) -> None:
         instance = Instance(config.runtime_dir, new_id())
         try:
             leftovers = instance.recover(remove_leftovers)
+            skeletons = sum(map(remove_abandoned_skeletons, (config.runtime_dir, f"{config.state_dir}/run")))
         finally:
             instance.close()
     except DiycError as error:
@@ -311,5 +353,7 @@ def cleanup(runtime_dir: str | None) -> None:
     for left in leftovers:
         what = f"{left.cgroups} cgroups and {left.paths} directories"
         print(f"removed {what} of supervisor {left.instance} (pid {left.pid})")
-    if not leftovers:
+    if skeletons:
+        print(f"removed {skeletons} skeletons of the host's root")
+    if not leftovers and not skeletons:
         print("nothing was left behind")

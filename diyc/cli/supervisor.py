@@ -206,6 +206,8 @@ class _Session:
 
     def _finish(self, total: int) -> None:
         summary = {**self._tally.to_json(), "not_started": total - self._tally.runs, "stopped_by": self._signal or None}
+        if self._signal:
+            summary["exit_status"] = 128 + self._signal
         self._write(summary)
         if self._options.verbosity >= 0 or not self._options.json:
             from diyc.cli.text import use_color

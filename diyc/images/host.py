@@ -116,13 +116,27 @@ class HostImage:
     def _new_directory(self) -> str:
         """A locked directory of our own; those of dead supervisors go."""
         with locked(os.path.join(self._runtime_dir, f"{PREFIX}lock")):
-            for path in _abandoned(self._runtime_dir):
-                remove_tree(path)
+            _remove_abandoned(self._runtime_dir)
             path = tempfile.mkdtemp(prefix=PREFIX, dir=self._runtime_dir)
             self._path = path
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         return path
+
+
+def remove_abandoned_skeletons(runtime_dir: str) -> int:
+    """Remove the skeletons that killed supervisors left in `runtime_dir`; how many there were."""
+    if not os.path.isdir(runtime_dir):
+        return 0
+    with locked(os.path.join(runtime_dir, f"{PREFIX}lock")):
+        return _remove_abandoned(runtime_dir)
+
+
+def _remove_abandoned(runtime_dir: str) -> int:
+    paths = _abandoned(runtime_dir)
+    for path in paths:
+        remove_tree(path)
+    return len(paths)
 
 
 def _abandoned(runtime_dir: str) -> list[str]:
