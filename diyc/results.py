@@ -78,19 +78,19 @@ class Ending:
 def classify(end: Ending) -> tuple[Verdict, str | None]:
     """Decide the verdict of an ended run and say why in a few words (None for ok).
 
-    What the supervisor did comes first (it ended the run, whatever the job then exited with); then a failed
-    set-up; then the memory controller's own count of kills, also when a grandchild was killed and the
-    command went on; then the exit itself."""
+    What the supervisor did comes first (it ended the run, whatever the job then exited with); then the memory
+    controller's own count of kills, also when a grandchild was killed and the command went on; then a failed
+    set-up; then the exit itself."""
     if end.stopped_for == "cancelled":
         return Verdict.CANCELLED, "cancelled"
-    if end.oom_kills and end.stopped_for is None:
-        return Verdict.OOM, _oom_reason(end)
-    if end.setup_error is not None:
-        return Verdict.INFRA, end.setup_error
     if end.stopped_for == "timeout":
         return Verdict.TIMEOUT, f"timeout of {format_duration(end.timeout or 0.0)} reached"
     if end.stopped_for == "output_limit":
         return Verdict.OUTPUT_LIMIT, f"{end.output_stream} passed its limit of {format_size(end.output_limit or 0)}"
+    if end.oom_kills:
+        return Verdict.OOM, _oom_reason(end)
+    if end.setup_error is not None:
+        return Verdict.INFRA, end.setup_error
     if end.signal is not None:
         return Verdict.SIGNAL, f"killed by {signal_name(end.signal)}"
     if end.exit_code == 0:

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from diyc.cli.text import Paint, fit, printable, rate, run_name, short_duration, use_color, verdict_counts
+from diyc.cli.text import Paint, explained, fit, printable, rate, run_name, short_duration, use_color, verdict_counts
 from diyc.results import Result, Verdict
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Progress:
     def _run_line(self, result: Result) -> str:
         took = "" if result.wall_s is None else f"{result.wall_s:.3f}s"
         name = run_name(result.job, result.index, result.attempt)
-        reason = fit(printable(result.reason or ""), _REASON_COLUMNS)
+        reason = fit(printable(explained(result)), _REASON_COLUMNS)
         return "  ".join(part for part in (self._paint.verdict(result.verdict, 9), name, took, reason) if part)
 
 

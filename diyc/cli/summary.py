@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from heapq import heappush, heapreplace
 from typing import Any
 
-from diyc.cli.text import Paint, cells, fit, pad, printable, rate, run_name, short_duration
+from diyc.cli.text import Paint, cells, explained, fit, pad, printable, rate, run_name, short_duration
 from diyc.results import Result, Verdict, timestamp
 from diyc.units import format_size
 
@@ -109,7 +109,7 @@ class Tally:
         key = (result.job, result.verdict)
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = Group(*key, result.index, result.reason)
+            group = self._groups[key] = Group(*key, result.index, explained(result))
         group.count += 1
 
     @property

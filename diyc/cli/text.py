@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import TextIO
 
-from diyc.results import Verdict
+from diyc.results import Result, Verdict
 
 _GREEN, _RED, _YELLOW, _BOLD, _DIM = "32", "31", "33", "1", "2"
 _HARMLESS = (Verdict.CANCELLED, Verdict.SKIPPED)
@@ -45,6 +45,19 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def explained(result: Result) -> str:
+    """Why a run is not ok, for people: its reason, a limit it ran into, and the last it said on stderr.
+
+    Not yet printable()."""
+    parts = [result.reason or ""]
+    if result.verdict in (Verdict.EXIT, Verdict.SIGNAL):
+        if result.pids_limit_hits:
+            parts.append("limits.pids was reached")
+        lines = result.stderr[-400:].decode("utf-8", "replace").strip().splitlines()
+        parts += lines[-1:]
+    return ": ".join(part for part in parts if part)
 
 
 def run_name(job: str, index: int, attempt: int = 1) -> str:
