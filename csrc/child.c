@@ -11,6 +11,7 @@
 #include <linux/fcntl.h>
 #include <linux/futex.h>
 #include <linux/if.h>
+#include <linux/keyctl.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
 #include <linux/poll.h>
@@ -65,6 +66,21 @@ static long child_mkdir(const struct step *step) {
 static long child_mknod_file(const struct step *step) {
     long ret = sys_call4(__NR_mknodat, AT_FDCWD, SYS_P(step->target), 0100000 | 0644, 0);
     return ret == -EEXIST ? 0 : ret;
+}
+
+/* A kernel without keyrings has none to share. */
+static long child_keyring(void) {
+    long ret = sys_call2(__NR_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0);
+    return ret < 0 && ret != -ENOSYS ? ret : 0;
+}
+
+static long child_sysctl(const struct step *step) {
+    long fd = child_open(step->target, O_WRONLY, 0, 0);
+    if (fd < 0)
+        return fd;
+    long ret = sys_write((int)fd, step->data, step->data_len);
+    sys_close((int)fd);
+    return ret < 0 ? ret : 0;
 }
 
 /* What lies there is unlinked first: an image may ship a link to somewhere else. */
@@ -256,6 +272,10 @@ static long child_step(struct run *run, const struct step *step) {
         return child_mknod_file(step);
     case STEP_CHOWN:
         return sys_call(__NR_fchownat, AT_FDCWD, SYS_P(step->target), run->id_first, run->id_first, 0);
+    case STEP_KEYRING:
+        return child_keyring();
+    case STEP_SYSCTL:
+        return child_sysctl(step);
     case STEP_WRITE_FILE:
         return child_write_file(step);
     case STEP_SYMLINK:

@@ -254,15 +254,15 @@ static PyObject *core_user_namespace(PyObject *module, PyObject *argument) {
 
 static PyObject *core_tree(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
-    static char *names[] = {"path", "attributes", "userns", "recursive", NULL};
+    static char *names[] = {"path", "attributes", "userns", "recursive", "follow", NULL};
     PyObject *path;
     unsigned long long attributes = 0;
-    int userns = -1, recursive = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|Kip:tree", names, PyUnicode_FSConverter, &path, &attributes,
-                                     &userns, &recursive))
+    int userns = -1, recursive = 0, follow = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|Kipp:tree", names, PyUnicode_FSConverter, &path, &attributes,
+                                     &userns, &recursive, &follow))
         return NULL;
     const char *what = NULL;
-    int fd = tree_clone(PyBytes_AsString(path), attributes, userns, recursive, &what);
+    int fd = tree_clone(PyBytes_AsString(path), attributes, userns, recursive, follow, &what);
     PyObject *ret = fd < 0 ? raise_errno(fd, what, path) : PyLong_FromLong(fd);
     Py_DECREF(path);
     return ret;
@@ -272,7 +272,9 @@ static PyMethodDef core_methods[] = {
     {"user_namespace", core_user_namespace, METH_O,
      "user_namespace(id_map) -> descriptor of a new user namespace with that map for users and groups."},
     {"tree", (PyCFunction)(void (*)(void))core_tree, METH_VARARGS | METH_KEYWORDS,
-     "tree(path, attributes=0, userns=-1, recursive=False) -> descriptor of a detached clone of the mount at path."},
+     "tree(path, attributes=0, userns=-1, recursive=False, follow=False) -> descriptor of a detached clone of the "
+     "mount\n"
+     "at path; without follow, a symlink in the path is an error."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -99,6 +99,7 @@ static int step_needs(uint32_t kind, int has_fd, int has_out, int has_source, in
         [STEP_MKDIR] = {.target = 1},
         [STEP_MKNOD_FILE] = {.target = 1},
         [STEP_CHOWN] = {.target = 1},
+        [STEP_SYSCTL] = {.target = 1, .data = 1},
         [STEP_WRITE_FILE] = {.target = 1, .data = 1},
         [STEP_SYMLINK] = {.source = 1, .target = 1},
         [STEP_MOUNT] = {.target = 1},

@@ -24,6 +24,8 @@
     X(MKDIR, "mkdir")                 /* target, flags: mode; one that exists is kept */                               \
     X(MKNOD_FILE, "mknod_file")       /* target: an empty file to mount upon; one that exists is kept */               \
     X(CHOWN, "chown")                 /* target: to the first id of the run's range, that is root inside */            \
+    X(KEYRING, "keyring")             /* a session keyring of its own */                                               \
+    X(SYSCTL, "sysctl")               /* target: a file below /proc/sys, data: its value */                            \
     X(WRITE_FILE, "write_file")       /* target is made anew with data as its content, flags: mode */                  \
     X(SYMLINK, "symlink")             /* source: what the link says, target: where it lies */                          \
     X(MOUNT, "mount")                 /* source, target, type, flags, data as in mount(2) */                           \

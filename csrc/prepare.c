@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
+#include <linux/openat2.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -64,10 +65,21 @@ int user_namespace_new(const char *id_map, const char **what) {
     return ret;
 }
 
-int tree_clone(const char *path, uint64_t attributes, int userns, int recursive, const char **what) {
+/* No link is followed on the way: a job with a writable mount could have put one there since the path was checked. */
+static int tree_open(const char *path, int follow, unsigned recurse) {
+    struct sys_open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = follow ? 0 : RESOLVE_NO_SYMLINKS};
+    int at = (int)sys_openat2(AT_FDCWD, path, &how);
+    if (at < 0)
+        return at;
+    int fd = (int)sys_open_tree(at, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recurse);
+    close(at);
+    return fd;
+}
+
+int tree_clone(const char *path, uint64_t attributes, int userns, int recursive, int follow, const char **what) {
     const unsigned recurse = recursive ? AT_RECURSIVE : 0;
     *what = "open_tree";
-    int fd = (int)sys_open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recurse);
+    int fd = tree_open(path, follow, recurse);
     if (fd < 0)
         return fd;
     struct sys_mount_attr attr = {.attr_set = attributes};

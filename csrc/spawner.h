@@ -32,7 +32,8 @@ void spawner_free(struct spawner *spawner, struct run **left);
 int user_namespace_new(const char *id_map, const char **what);
 
 /* Clone the mount at `path` as a detached mount and set attributes on it (MOUNT_ATTR_...); `userns` >= 0
- * makes it an idmapped mount. Returns the descriptor or -errno. */
-int tree_clone(const char *path, uint64_t attributes, int userns, int recursive, const char **what);
+ * makes it an idmapped mount. Unless `follow`, a symlink anywhere in the path is ELOOP. Returns the descriptor or
+ * -errno. */
+int tree_clone(const char *path, uint64_t attributes, int userns, int recursive, int follow, const char **what);
 
 #endif

@@ -47,12 +47,14 @@ class Services:
 class Prepared:
     """What all runs of a job share: its image, and its plan (built once for each host name).
 
-    `box` is a run's but for its host name and the number of v1 cgroups it joins."""
+    `box` is a run's but for its host name and the number of v1 cgroups it joins. The paths have no links in them:
+    a job that may write there could have changed where they lead."""
 
-    def __init__(self, spec: JobSpec, tree: RootTree, box: Box) -> None:
+    def __init__(self, spec: JobSpec, tree: RootTree, box: Box, stdin: str | None) -> None:
         self.spec = spec
         self.tree = tree
         self.box = box
+        self.stdin = stdin
         self._plans: dict[tuple[str, int], Plan] = {}
 
     def plan(self, hostname: str, joins: int) -> Plan:
@@ -191,7 +193,7 @@ class Execution:
 
     def _open_stdin(self) -> int:
         """Only what can be read and nothing that leads elsewhere: a directory's descriptor would open the host."""
-        path = self.run.spec.stdin
+        path = self.prepared.stdin
         try:
             fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) if path is None else process.open_read_only(path)
         except OSError as error:

@@ -64,6 +64,8 @@ STEP_DOCS: dict[str, StepDoc] = {
     "mkdir": StepDoc("mkdirat({target}, {flags})", "mkdir(2)"),
     "mknod_file": StepDoc("mknodat({target}, S_IFREG)", "mknod(2)"),
     "chown": StepDoc("fchownat({target}, FIRST, FIRST)", "chown(2)"),
+    "keyring": StepDoc("keyctl(KEYCTL_JOIN_SESSION_KEYRING, NULL)", "session-keyring(7)"),
+    "sysctl": StepDoc("write({target}, {data})", "namespaces(7), proc_sys_user(5)"),
     "write_file": StepDoc("openat2({target}, O_CREAT|O_EXCL|O_NOFOLLOW) + write({data})", "openat2(2)"),
     "symlink": StepDoc("symlinkat({source}, {target})", "symlink(2)"),
     "mount": StepDoc("mount({source}, {target}, {type}, {flags}, {data})", "mount(2)"),
@@ -290,6 +292,19 @@ def _identity(box: Box) -> tuple[Step, ...]:
         Step("setgroups", "none of the supervisor's groups", data=b""),
         Step("setresgid", "group 0 of the new user namespace", flags=0),
         Step("setresuid", "user 0 of the new user namespace: unmapped ids can create nothing", flags=0),
+        Step("keyring", "none of the supervisor's keys"),
+        Step(
+            "sysctl",
+            "no user namespaces inside: each would come with every capability over itself",
+            target="/proc/sys/user/max_user_namespaces",
+            data=b"0",
+        ),
+        Step(
+            "sysctl",
+            "these count as root's on the host: one job must not take them all",
+            target="/proc/sys/user/max_inotify_instances",
+            data=b"16",
+        ),
         Step(
             "unshare", "after joining, so that /proc/self/cgroup shows the job's own cgroup as /", flags=CLONE_NEWCGROUP
         ),

@@ -170,16 +170,16 @@ def heeds_signal(pid: int, number: int, proc: str = "/proc") -> bool:
         return False
 
 
-def mount_tree(path: str, *, userns: int | None, read_only: bool = False) -> int:
+def mount_tree(path: str, *, userns: int | None, read_only: bool = False, follow: bool = False) -> int:
     """A detached, nosuid, nodev clone of the mount at `path`, idmapped with `userns`: a descriptor. Raises OSError."""
     attributes = ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if read_only else 0)
-    return _core.tree(path, attributes, -1 if userns is None else userns)
+    return _core.tree(path, attributes, -1 if userns is None else userns, follow=follow)
 
 
-def open_read_only(path: str) -> int:
+def open_read_only(path: str, *, follow: bool = False) -> int:
     """A descriptor that its holder cannot open again for writing by way of /proc/self/fd: it lies on a read-only
     clone of its mount. Raises OSError; opening never waits, reading does."""
-    tree = mount_tree(path, userns=None, read_only=True)
+    tree = mount_tree(path, userns=None, read_only=True, follow=follow)
     try:
         fd = os.open(f"/proc/self/fd/{tree}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     finally:

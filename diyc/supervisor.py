@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from diyc import capabilities, process
@@ -24,6 +23,7 @@ from diyc.errors import CgroupError, DiycError, HostError, ImageError
 from diyc.execution import Execution, Prepared, Services, Sink
 from diyc.host import load_overlay, read_host, tmpfs_keeps_user_attributes
 from diyc.ids import new_id
+from diyc.images.directories import private_directory
 from diyc.images.store import ImageStore, RootTree
 from diyc.images.users import resolve_user
 from diyc.instance import Instance, Leftover
@@ -37,12 +37,14 @@ from diyc.slots import RANGE, Slots
 STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
 SPAWNER_THREADS = 4
 CLOSE_PATIENCE = 5.0
+PREPARED_KEPT = 1024
+DESCRIPTORS_PER_RUN, DESCRIPTORS_OTHERWISE = 12, 40
 
 OnResult = Callable[[Result], None]
 OnStart = Callable[[Run], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
     """The runs of one submission that have not started yet, and what all of them share."""
 
@@ -54,7 +56,6 @@ class Batch:
     stdin: int | None = None
     next_index: int = 0
     running: int = 0
-    parked: bool = False
     cancelled: bool = False
     order: tuple[int, int] = (0, 0)
 
@@ -78,6 +79,7 @@ class State:
     """Everything that changes while a supervisor runs."""
 
     queue: list[Batch] = field(default_factory=list)
+    parked: set[Batch] = field(default_factory=set)  # at their job's own max_parallel
     running: dict[str, tuple[Execution, Batch]] = field(default_factory=dict)
     memory: int = 0
     queued: int = 0
@@ -114,9 +116,10 @@ class Supervisor:
         self._idle = asyncio.Event()
         self._idle.set()
         config = self.config
-        _directory(config.state_dir, "state_dir")
-        _directory(config.runtime_dir, "runtime_dir")
-        log_dir = _directory(os.path.join(config.state_dir, "logs"), "state_dir")
+        private_directory(config.state_dir, "state_dir")
+        private_directory(config.runtime_dir, "runtime_dir")
+        private_directory(os.path.join(config.runtime_dir, "instances"), "runtime_dir")
+        log_dir = private_directory(os.path.join(config.state_dir, "logs"), "state_dir")
         try:
             self._services = self._open(log_dir)
         except BaseException:
@@ -130,13 +133,16 @@ class Supervisor:
         instance = Instance(config.runtime_dir, new_id())
         owned.callback(instance.close)
         self.leftovers = instance.recover(remove_leftovers)
+        self.warnings += instance.unreadable
         self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, instance.id)
         instance.record(cgroups=self.cgroups.instance_dirs, paths=())
         self.cgroups.prepare()
         owned.callback(self.cgroups.close)
         self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
         owned.callback(os.close, self._userns)
-        fast = process.can_idmap(config.runtime_dir, self._userns)  # a tmpfs is quicker, from Linux 6.3 on
+        fast = process.can_idmap(
+            os.path.realpath(config.runtime_dir), self._userns
+        )  # a tmpfs is quicker, from Linux 6.3 on
         self._images = ImageStore(config.state_dir, config.runtime_dir if fast else None)
         owned.callback(self._images.close)
         self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse)
@@ -164,16 +170,20 @@ class Supervisor:
         """Get a job's image ready and check that this host can run it.
 
         Raises ImageError; HostError naming each limit that cannot be enforced (a warning where best-effort)."""
-        if spec not in self._prepared:
+        prepared = self._prepared.get(spec)
+        if prepared is None:
             self._check_limits(spec)
             try:
                 tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
-                self._prepared[spec] = self._join(spec, tree)
+                prepared = self._prepared[spec] = self._join(spec, tree)
             except ImageError as error:
                 raise ImageError(f"job {spec.name}, image {spec.image.name}: {error}") from error
-        return self._prepared[spec]
+            if len(self._prepared) > PREPARED_KEPT:
+                del self._prepared[next(iter(self._prepared))]  # the oldest; batches keep their own
+        return prepared
 
     def _join(self, spec: JobSpec, tree: RootTree) -> Prepared:
+        tree = replace(tree, path=os.path.realpath(tree.path))
         account = resolve_user(tree.path, spec.user)
         user = User(account.uid, account.gid, account.groups, account.home)
         if not process.can_idmap(tree.path, self._userns):
@@ -187,11 +197,11 @@ class Supervisor:
             capabilities=capabilities.mask(spec.cap_add),
             overlay_by_spawner=self._overlay_by_spawner,
         )
-        return Prepared(spec, tree, box)
+        return Prepared(spec, tree, box, os.path.realpath(spec.stdin) if spec.stdin else None)
 
     def _bind(self, mount: Mount) -> Bind:
         """Without shifted ids a read-only mount still serves, a writable one could be written by nobody."""
-        source = mount.source or ""
+        source = os.path.realpath(mount.source or "")  # from here on no link is followed
         idmapped = process.can_idmap(source, self._userns)
         if not idmapped and not mount.read_only:
             raise HostError("idmapped mounts", _no_idmap(source, "a writable mount"))
@@ -289,15 +299,14 @@ class Supervisor:
         """The first batch, by priority and age, whose job may start a run now. A batch whose turn it is and whose
         memory does not fit is waited for: passing it over for ever smaller jobs would starve it."""
         state = self._state
-        if state.draining or len(state.running) >= min(self.config.max_parallel, self._slots.size):
+        if state.draining or len(state.running) >= self.slots:
             return None
         while state.queue:
             batch = state.queue[0]
             if batch.left == 0:
                 heapq.heappop(state.queue)
             elif batch.full:
-                batch.parked = True
-                heapq.heappop(state.queue)
+                state.parked.add(heapq.heappop(state.queue))
             else:
                 fits = state.memory + (batch.prepared.spec.limits.memory or 0) <= self.config.max_memory
                 return batch if fits else None
@@ -323,15 +332,15 @@ class Supervisor:
         _, batch = state.running.pop(execution.run.run_id)
         state.memory -= execution.run.spec.limits.memory or 0
         batch.running -= 1
-        if batch.parked and not batch.full:
-            batch.parked = False
+        if batch in state.parked and not batch.full:
+            state.parked.remove(batch)
             heapq.heappush(state.queue, batch)
         self._admit_soon()
         batch.on_result(result)
 
     def _note_idle(self) -> None:
         state = self._state
-        if not state.running and (state.draining or not state.queue):
+        if not state.running and (state.draining or not (state.queue or state.parked)):
             self._idle.set()
 
     # -- the end of runs ---------------------------------------------------------------------------
@@ -350,7 +359,7 @@ class Supervisor:
             execution.stop("cancelled")
         if self._state.running:
             self._loop.call_later(self.config.shutdown_grace, self.kill)
-        for batch in self._state.queue:
+        for batch in (*self._state.queue, *self._state.parked):
             if batch.left and batch.on_dropped is not None:
                 batch.on_dropped(batch.left)
         self._admit_soon()
@@ -387,8 +396,10 @@ class Supervisor:
 
     @property
     def slots(self) -> int:
-        """How many runs the id range and max_parallel allow at once."""
-        return min(self.config.max_parallel, self._slots.size)
+        """How many runs the id range, max_parallel and the limit on open files allow at once."""
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        affordable = max(1, (descriptors - DESCRIPTORS_OTHERWISE) // DESCRIPTORS_PER_RUN)
+        return min(self.config.max_parallel, self._slots.size, affordable)
 
     def live(self) -> Iterator[LiveContainer]:
         """The running containers with their figures, for a scrape."""
@@ -419,11 +430,3 @@ def _no_idmap(path: str, what: str) -> str:
 
 def _stopped() -> DiycError:
     return DiycError("the supervisor was stopped before the run could start")
-
-
-def _directory(path: str, key: str) -> str:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise HostError(key, f"cannot make {path}: {error.strerror}; give another with supervisor.{key}") from error
-    return path

@@ -63,11 +63,12 @@ def remove_leftovers(paths: Iterable[str], patience: float = 10.0, files: Files 
     Returns how many cgroups were removed; a path that is gone counts none. Waits at most `patience` seconds in
     all for the killed to be gone. CgroupError names one that could not be removed; the others are, by then."""
     files = files or Files()
-    trees = [path for path in paths if os.path.isdir(path)]
+    trees: list[str] = []
     failures: list[CgroupError] = []
-    for tree in trees:
+    for tree in (path for path in paths if os.path.isdir(path)):
         with _noted(failures):
             _kill_tree(tree, files)
+            trees.append(tree)  # what is not a cgroup, or cannot be killed, is left as it is
     deadline = time.monotonic() + patience
     removed = 0
     for directory in (directory for tree in trees for directory in _bottom_up(tree)):

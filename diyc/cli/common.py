@@ -57,10 +57,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def settle_process() -> None:
-    """Make this process fit to supervise: descriptors 0-2 open, SIGCHLD at its default (ignored, the kernel
-    would reap the jobs), as many descriptors as it may have, and the last choice of the OOM killer."""
-    for fd in range(3):
-        _ensure_open(fd)
+    """Make this process fit to supervise: SIGCHLD at its default (ignored, the kernel would reap the jobs), as
+    many descriptors as it may have, and the last choice of the OOM killer."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -73,6 +71,14 @@ def _lower_oom_score() -> None:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     except PermissionError:
         return
+
+
+def open_standard_streams() -> None:
+    """Descriptors 0-2 open, or a job's pipe would get their numbers; streams that Python found closed lead nowhere."""
+    for fd in range(3):
+        _ensure_open(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _ensure_open(fd: int) -> None:

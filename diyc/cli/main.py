@@ -39,6 +39,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.version_option(__version__, prog_name=PROGRAM)
 def main() -> None:
     """Short-lived sandboxed jobs on Linux: this runs one and explains, diyc-supervisor runs many."""
+    common.open_standard_streams()
 
 
 class RunCommand(click.Command):
@@ -203,7 +204,7 @@ def _stdin() -> int | None:
         return 0 if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode) else None
     if found.st_nlink == 0:
         return 0  # a here-document: nobody else can reach what the job might write there
-    fd = open_read_only("/proc/self/fd/0")
+    fd = open_read_only("/proc/self/fd/0", follow=True)
     os.lseek(fd, os.lseek(0, 0, os.SEEK_CUR), os.SEEK_SET)
     return fd
 
@@ -335,6 +336,7 @@ def cleanup(runtime_dir: str | None) -> None:
     from diyc.cgroups import remove_leftovers
     from diyc.config import supervisor_from_mapping
     from diyc.ids import new_id
+    from diyc.images.directories import private_directory
     from diyc.images.host import remove_abandoned_skeletons
     from diyc.instance import Instance
 
@@ -342,6 +344,8 @@ def cleanup(runtime_dir: str | None) -> None:
         config = supervisor_from_mapping({"runtime_dir": runtime_dir} if runtime_dir else {})
         if os.geteuid() != 0:
             raise HostError("root", f"running as uid {os.geteuid()}; start it with sudo")
+        private_directory(config.runtime_dir, "runtime_dir")
+        private_directory(f"{config.runtime_dir}/instances", "runtime_dir")
         instance = Instance(config.runtime_dir, new_id())
         try:
             leftovers = instance.recover(remove_leftovers)

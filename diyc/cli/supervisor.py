@@ -80,6 +80,7 @@ def main(
 
     Exit status: 0 every run ok; 1 some run not ok; 2 command line or configuration; 3 this host cannot run the
     jobs; 4 internal error; 128+N stopped by signal N."""
+    common.open_standard_streams()
     options = Options(
         config, overrides, only, max_parallel, metrics_listen, state_dir, as_json, joblog, progress, verbose - quiet
     )
@@ -282,7 +283,7 @@ class _Session:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop, supervisor, number)
             self._closing.callback(loop.remove_signal_handler, number)
 

@@ -32,6 +32,7 @@ FAILING: dict[str, tuple[Step, int]] = {
     "mkdir": (Step("mkdir", target="/nowhere/dir", flags=0o755), errno.ENOENT),
     "mknod_file": (Step("mknod_file", target="/nowhere/file"), errno.ENOENT),
     "chown": (Step("chown", target="/nowhere"), errno.ENOENT),
+    "sysctl": (Step("sysctl", target="/proc/sys/user/nowhere", data=b"0"), errno.ENOENT),
     "write_file": (Step("write_file", target="/nowhere/file", data=b"text"), errno.ENOENT),
     "symlink": (Step("symlink", source="to", target="/nowhere/link"), errno.ENOENT),
     "mount": (Step("mount", source="x", target="/", type="nosuchfs"), errno.ENODEV),
@@ -49,7 +50,7 @@ FAILING: dict[str, tuple[Step, int]] = {
     "exec": (EXEC, errno.ENOENT),
 }
 NEEDS_MORE = {"await_parent", "setsid", "bounding_set", "capset"}  # tests of their own below
-CANNOT_FAIL = {"mark", "umask", "close_from", "clear_ambient", "no_new_privs", "signals"}  # by their manual pages
+CANNOT_FAIL = {"keyring", "mark", "umask", "close_from", "clear_ambient", "no_new_privs", "signals"}  # by their manual pages
 
 
 def test_every_kind_of_step_is_covered_here() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -59,7 +60,7 @@ def no_traceback(done: Done) -> None:
     assert "never retrieved" not in done.stderr
 
 
-# -- standard output is data, standard error is progress ---------------------------------------------------------------
+# -- standard output is data, standard error is progress -------------------------------------------------------------
 
 
 def test_json_is_an_object_a_line_as_runs_end_and_the_summary_last(each_loop: Place) -> None:
@@ -173,12 +174,12 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(place: Place) ->
     assert "\\x1b]0;title" in done.stderr
 
 
-# -- exit statuses -----------------------------------------------------------------------------------------------------
+# -- exit statuses ---------------------------------------------------------------------------------------------------
 
 
-def test_all_runs_ok_is_0(each_loop: Place) -> None:
-    each_loop.write(QUICK)
-    assert each_loop.supervise("-q").status == 0
+def test_all_runs_ok_is_0(place: Place) -> None:
+    place.write(QUICK)
+    assert place.supervise("-q").status == 0
 
 
 @pytest.mark.parametrize("what", ["exit 1", "kill -9 $$; sleep 60", "sleep 60"])
@@ -317,7 +318,7 @@ def test_an_address_in_use_is_told_and_leaves_nothing(place: Place) -> None:
         finish(first)
 
 
-# -- check, dry run, and the options that change a file -------------------------------------------------------------------
+# -- check, dry run, and the options that change a file --------------------------------------------------------------
 
 SEVERAL = f"""
 [jobs.array]
@@ -380,7 +381,7 @@ def test_j_and_state_dir_have_the_last_word(place: Place) -> None:
     place.write(f'[jobs.a]\ncommand = ["sleep", "0.1"]\ncount = 4\n{SMALL}\n', "max_parallel = 4")
     done = place.supervise("--json", "-j", "1", "--state-dir", f"{place.root}/elsewhere")
     queued = sorted(result["queued_s"] for result in done.results)
-    assert all(later - earlier >= 0.09 for earlier, later in zip(queued, queued[1:], strict=False))
+    assert all(later - earlier >= 0.09 for earlier, later in itertools.pairwise(queued))
     assert (place.root / "elsewhere/logs").is_dir()
     assert not (place.root / "state").exists()
 
@@ -393,7 +394,7 @@ def test_output_longer_than_inline_is_kept_whole_in_a_file(place: Place) -> None
     assert result["stderr_path"] is None
 
 
-# -- many jobs -----------------------------------------------------------------------------------------------------------
+# -- many jobs -------------------------------------------------------------------------------------------------------
 
 
 def test_very_many_sleeping_jobs_overlap_and_a_scrape_answers_meanwhile(each_loop: Place) -> None:
@@ -402,7 +403,8 @@ def test_very_many_sleeping_jobs_overlap_and_a_scrape_answers_meanwhile(each_loo
         f'[jobs.sleep]\ncommand = ["sleep", "{seconds}"]\ncount = {count}\n{SMALL}\n',
         f'max_parallel = {parallel}\nmax_memory = "4GiB"\nmetrics_listen = "127.0.0.1:0"',
     )
-    with killed_at_the_end(each_loop.start("--json", stdout=open(each_loop.root / "out", "w+"))) as supervisor:
+    out = each_loop.root / "out"
+    with open(out, "w") as file, killed_at_the_end(each_loop.start("--json", stdout=file)) as supervisor:
         assert supervisor.stderr is not None
         address = metrics_address(supervisor.stderr)
         peak = 0.0
@@ -422,7 +424,7 @@ def test_very_many_sleeping_jobs_overlap_and_a_scrape_answers_meanwhile(each_loo
         assert supervisor.stderr.read() is not None
         assert supervisor.wait(120) == 0
     assert peak == parallel
-    lines = [json.loads(line) for line in (each_loop.root / "out").read_text().splitlines()]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert Counter(line["verdict"] for line in lines[:-1]) == {"ok": count}
     assert min(line["wall_s"] for line in lines[:-1]) >= seconds
     assert lines[-1]["wall_s"] < count / parallel * seconds * 4
@@ -442,7 +444,7 @@ def test_thousands_of_tiny_jobs_are_all_ok_and_leave_nothing(each_loop: Place) -
     ] == []
 
 
-# -- signals -------------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------------------------
 
 
 def gated(place: Place, shell: str, **keys: str) -> str:
@@ -490,11 +492,11 @@ def test_another_stop_signal_is_the_one_that_jobs_get(place: Place) -> None:
     assert (result["verdict"], result["stdout"], result["exit_code"]) == ("cancelled", "hup\n", 0)
 
 
-def test_a_second_signal_kills_at_once(each_loop: Place) -> None:
+def test_a_second_signal_kills_at_once(place: Place) -> None:
     keys = {"count": "4", "stop_timeout": '"60s"'}
-    each_loop.write(gated(each_loop, IGNORES, **keys), 'max_parallel = 2\nshutdown_grace = "60s"')
-    with killed_at_the_end(each_loop.start("--json")) as supervisor:
-        ready(each_loop, 2)
+    place.write(gated(place, IGNORES, **keys), 'max_parallel = 2\nshutdown_grace = "60s"')
+    with killed_at_the_end(place.start("--json")) as supervisor:
+        ready(place, 2)
         began = time.monotonic()
         supervisor.send_signal(signal.SIGINT)
         time.sleep(0.3)
@@ -507,10 +509,10 @@ def test_a_second_signal_kills_at_once(each_loop: Place) -> None:
     assert done.summary["not_started"] == 2
 
 
-def test_shutdown_grace_bounds_the_drain_whatever_a_jobs_stop_timeout(each_loop: Place) -> None:
-    each_loop.write(gated(each_loop, IGNORES, count="3", stop_timeout='"60s"'), 'shutdown_grace = "500ms"')
-    with killed_at_the_end(each_loop.start("--json")) as supervisor:
-        ready(each_loop, 3)
+def test_shutdown_grace_bounds_the_drain_whatever_a_jobs_stop_timeout(place: Place) -> None:
+    place.write(gated(place, IGNORES, count="3", stop_timeout='"60s"'), 'shutdown_grace = "500ms"')
+    with killed_at_the_end(place.start("--json")) as supervisor:
+        ready(place, 3)
         began = time.monotonic()
         supervisor.send_signal(signal.SIGTERM)
         done = finish(supervisor)
@@ -529,14 +531,14 @@ def test_a_signal_before_the_first_run_ends_it_too(place: Place) -> None:
     no_traceback(done)
 
 
-# -- what breaks around it -----------------------------------------------------------------------------------------------
+# -- what breaks around it -------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_goes_away_ends_it_cleanly(each_loop: Place) -> None:
+def test_a_reader_that_goes_away_ends_it_cleanly(place: Place) -> None:
     before = our_cgroups()
-    each_loop.write(f'[jobs.a]\nshell = "sleep 0.02; seq 1 2000"\ncount = 2000\n{SMALL}\n')
-    command = f"{shlex.quote(SUPERVISOR)} --config {shlex.quote(str(each_loop.file))} --json | head -n 1"
-    done = finish(each_loop.spawn("bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"))
+    place.write(f'[jobs.a]\nshell = "sleep 0.02; seq 1 2000"\ncount = 2000\n{SMALL}\n')
+    command = f"{shlex.quote(SUPERVISOR)} --config {shlex.quote(str(place.file))} --json | head -n 1"
+    done = finish(place.spawn("bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"))
     assert done.status == 4, done.stderr[-500:]
     assert len(done.stdout.splitlines()) == 1
     assert "cannot write results: Broken pipe" in done.stderr

@@ -34,7 +34,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-# -- diyc run: exit statuses ---------------------------------------------------------------------------------------------
+# -- diyc run: exit statuses -----------------------------------------------------------------------------------------
 
 STATUSES = {
     "the command's own 0": (["host", "true"], 0, ""),
@@ -90,7 +90,7 @@ def may_skip(place: Place, *arguments: str) -> Done:
     return place.diyc(*arguments, **NOBODY)
 
 
-# -- diyc run: streams ---------------------------------------------------------------------------------------------------
+# -- diyc run: streams -----------------------------------------------------------------------------------------------
 
 
 def test_output_and_errors_come_out_where_they_belong(place: Place) -> None:
@@ -182,7 +182,7 @@ def test_json_is_the_result_record_instead_of_the_output(place: Place) -> None:
     assert (done.status, done.stderr) == (3, "")
 
 
-# -- diyc run: flags -----------------------------------------------------------------------------------------------------
+# -- diyc run: flags -------------------------------------------------------------------------------------------------
 
 
 def said(place: Place, *arguments: str) -> str:
@@ -311,9 +311,14 @@ def test_an_archive_that_is_none_is_125(place: Place, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-# -- explain ---------------------------------------------------------------------------------------------------------------
+# -- explain ---------------------------------------------------------------------------------------------------------
 
-JOB = '[jobs.job]\ncommand = ["echo", "{index}"]\nlimits = { memory = "32MiB", nofile = 99 }\nnetwork = { mode = "loopback" }\n'
+JOB = """
+[jobs.job]
+command = ["echo", "{index}"]
+limits = { memory = "32MiB", nofile = 99 }
+network = { mode = "loopback" }
+"""
 
 
 def test_explain_shows_what_the_kernel_is_asked_in_order_with_why_and_source(place: Place) -> None:
@@ -370,7 +375,7 @@ def test_explain_runs_and_makes_nothing(place: Place) -> None:
     assert not (place.root / "run").exists()
 
 
-# -- doctor, schema, version -----------------------------------------------------------------------------------------------
+# -- doctor, schema, version -----------------------------------------------------------------------------------------
 
 
 def test_doctor_finds_this_host_able(place: Place) -> None:

@@ -148,3 +148,10 @@ def test_there_is_nothing_to_watch_in_an_empty_cgroup(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     assert EmptyWatch.of_events(str(tmp_path / "cgroup.events")) is None
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_tree_that_is_no_cgroup_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "plain/a/b").mkdir(parents=True)
+    with pytest.raises(CgroupError, match="not a cgroup"):
+        remove_leftovers([str(tmp_path / "plain")])
+    assert (tmp_path / "plain/a/b").is_dir()

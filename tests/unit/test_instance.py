@@ -47,10 +47,10 @@ def leave(runtime: Path, name: str, *paths: Path) -> int:
 
 
 def test_what_a_killed_supervisor_left_is_removed_and_told(tmp_path: Path) -> None:
-    scratch = tmp_path / "scratch"
+    scratch = tmp_path / "run/scratch"
     (scratch / "below").mkdir(parents=True)
     (scratch / "below/file").write_text("x")
-    pid = leave(tmp_path / "run", "killed", scratch, tmp_path / "gone-already")
+    pid = leave(tmp_path / "run", "killed", scratch, tmp_path / "run/gone-already")
     remover = Remover()
     instance = Instance(str(tmp_path / "run"), "next")
     (left,) = instance.recover(remover)
@@ -60,6 +60,27 @@ def test_what_a_killed_supervisor_left_is_removed_and_told(tmp_path: Path) -> No
     assert instance.recover(remover) == []
     instance.close()
     assert list((tmp_path / "run/instances").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[]", '{"pid": "x"}', '{"pid": 1, "cgroups": 5, "paths": []}', "{"])
+def test_a_file_that_is_no_record_is_named_and_kept(text: str, tmp_path: Path) -> None:
+    instance = Instance(str(tmp_path / "run"), "next")
+    odd = tmp_path / "run/instances/odd.json"
+    odd.write_text(text)
+    assert instance.recover(Remover()) == []
+    assert [str(odd) in line for line in instance.unreadable] == [True]
+    assert odd.exists()
+    instance.close()
+
+
+def test_a_record_removes_nothing_outside_runtime_dir(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    leave(tmp_path / "run", "forged", victim)
+    instance = Instance(str(tmp_path / "run"), "next")
+    assert instance.recover(Remover()) == []
+    assert victim.exists()
+    instance.close()
 
 
 def test_a_living_supervisor_is_left_alone(tmp_path: Path) -> None:

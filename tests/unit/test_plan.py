@@ -74,7 +74,7 @@ def plan(request: pytest.FixtureRequest) -> Plan:
     return PLANS[request.param]
 
 
-# -- order -------------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------------------------
 
 # (kind and fields of the earlier steps, of the later ones, why): every one of the first comes before every one of
 # the second, and both are there.
@@ -141,7 +141,7 @@ def test_every_given_descriptor_is_used(plan: Plan) -> None:
     assert set(plan.given) <= {step.fd for step in plan.steps}
 
 
-# -- what a job asks for -------------------------------------------------------------------------------------------------
+# -- what a job asks for ---------------------------------------------------------------------------------------------
 
 
 def test_all_namespaces_are_new(plan: Plan) -> None:
@@ -256,7 +256,7 @@ def test_workdir_is_entered() -> None:
     assert only(PLANS["rich"], "chdir").target == "/srv/data"
 
 
-# -- as a value ----------------------------------------------------------------------------------------------------------
+# -- as a value ------------------------------------------------------------------------------------------------------
 
 
 def test_equal_arguments_give_equal_plans_that_can_be_kept() -> None:

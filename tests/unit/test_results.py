@@ -135,9 +135,11 @@ def test_signal_names_are_the_kernels() -> None:
 # -- the record ------------------------------------------------------------------------------------------------------
 
 # The record as the interface has it, in its order, and what has been added to it since.
-FIELDS = """type schema run_id job index matrix attempt verdict exit_code signal reason queued_s setup_s wall_s cpu_user_s
-cpu_system_s memory_peak_bytes pids_peak oom_kills pids_limit_hits throttled_s io_read_bytes io_write_bytes net_rx_bytes
-net_tx_bytes started_at finished_at steps_s stdout stderr stdout_path stdout_truncated error""".split()
+FIELDS = """
+type schema run_id job index matrix attempt verdict exit_code signal reason queued_s setup_s wall_s cpu_user_s
+cpu_system_s memory_peak_bytes pids_peak oom_kills pids_limit_hits throttled_s io_read_bytes io_write_bytes
+net_rx_bytes net_tx_bytes started_at finished_at steps_s stdout stderr stdout_path stdout_truncated error
+""".split()
 ADDED = {"pressure_s", "stderr_path", "stderr_truncated", "labels"}
 
 
