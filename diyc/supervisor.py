@@ -32,7 +32,7 @@ from diyc.metrics import LiveContainer
 from diyc.plan import Bind, Box, User
 from diyc.process import Launcher
 from diyc.results import Result
-from diyc.slots import RANGE, Slots
+from diyc.slots import RANGE, RangeLocks, Slots
 
 STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
 SPAWNER_THREADS = 4
@@ -145,7 +145,9 @@ class Supervisor:
         )  # a tmpfs is quicker, from Linux 6.3 on
         self._images = ImageStore(config.state_dir, config.runtime_dir if fast else None)
         owned.callback(self._images.close)
-        self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse)
+        locks = RangeLocks()
+        owned.callback(locks.close)
+        self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse, lock=locks.take)
         owned.callback(self._slots.close)
         threads = min(SPAWNER_THREADS, config.max_parallel)
         launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)

@@ -47,6 +47,8 @@ CALLS: dict[str, Callable[[Step], list[str]]] = {
     "pdeathsig": exactly("prctl", "ppoll"),
     "cgroup_join": exactly("write"),
     "unshare": exactly("unshare"),
+    "keyring": exactly("keyctl"),
+    "sysctl": exactly("openat2", "write", "close"),
     "setsid": exactly("setsid"),
     "umask": exactly("umask"),
     "setgroups": exactly("setgroups"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diyc.slots import RANGE, Slots
+from diyc.slots import RANGE, RangeLocks, Slots
 
 FIRST = 524288
 
@@ -125,3 +126,20 @@ def test_no_order_of_taking_and_giving_shares_a_slot_or_leaks_a_namespace(takes:
         slots.give(slot)
     slots.close()
     assert make.open() == 0
+
+
+def test_a_range_that_another_supervisor_uses_is_passed_over(tmp_path: Path) -> None:
+    ids = (RANGE * 8, RANGE * 3)
+    one, two = (RangeLocks(str(tmp_path / "ids")) for _ in range(2))
+    first, second = (Slots(ids, lambda _: os.open("/dev/null", os.O_RDONLY), lock=locks.take) for locks in (one, two))
+    taken = [first.take(), second.take(), first.take()]
+    assert [slot.index for slot in taken] == [0, 1, 2]
+    with pytest.raises(ValueError, match="all taken"):
+        second.take()
+    one.close()
+    for slot in taken:
+        os.close(slot.userns)
+    third = RangeLocks(str(tmp_path / "ids"))
+    assert [third.take(ids[0] + RANGE * index) for index in range(3)] == [True, False, True]
+    two.close()
+    third.close()
