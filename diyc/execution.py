@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 from diyc import process
 from diyc.cgroups import Cgroups, RunCgroup
@@ -29,7 +31,13 @@ SETUP_TIMEOUT = 30.0
 READ_SIZE = 65536
 READS_PER_WAKE = 8  # then others have their turn
 
-Sink = Callable[[str, bytes], None]
+
+class Sink(Protocol):
+    """Takes output as it comes. False asks for a pause, which ends with a call of what when_ready() was given."""
+
+    def __call__(self, name: str, chunk: bytes, /) -> bool: ...
+
+    def when_ready(self, call: Callable[[], None], /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +84,13 @@ class Capture:
         self.data = bytearray()
         self.truncated = False
         self.ended = False
+        self.paused = False
         self._limit = limit
         self._sink = sink
 
     def read(self) -> bool:
         """Read some of what is there; False when there is no more for now or for ever."""
-        for _ in range(READS_PER_WAKE):
+        for _ in range(1 if self._sink else READS_PER_WAKE):
             try:
                 chunk = os.read(self.fd, READ_SIZE)
             except BlockingIOError:
@@ -94,7 +103,7 @@ class Capture:
 
     def _keep(self, chunk: bytes) -> None:
         if self._sink is not None:
-            self._sink(self.name, chunk)
+            self.paused |= not self._sink(self.name, chunk)
             return
         room = self._limit - len(self.data)
         self.data += chunk[:room]
@@ -258,10 +267,17 @@ class Execution:
 
     def _output(self, capture: Capture) -> None:
         capture.read()
-        if capture.ended:
+        if capture.ended or capture.paused:
             self._services.loop.remove_reader(capture.fd)
+        if capture.paused and self._sink is not None:
+            self._sink.when_ready(partial(self._resume, capture))
         if capture.truncated:
             self.stop("output_limit")
+
+    def _resume(self, capture: Capture) -> None:
+        capture.paused = False
+        if self._exit is None and not capture.ended:
+            self._services.loop.add_reader(capture.fd, self._output, capture)
 
     def stop(self, reason: str) -> None:
         """End the run: stop_signal, then KILL after stop_timeout; KILL at once where the signal would be lost."""

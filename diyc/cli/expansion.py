@@ -142,7 +142,7 @@ def calls(spec: JobSpec, cgroups: Preview) -> list[Call]:
 def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
     """The plan of a job's first run and the box it is made for, on a host with these cgroups.
 
-    The user is shown as root: a name is looked up in the image, which may not be there yet."""
+    A user's name is looked up in a directory image; in one that is yet to be unpacked or made, it is shown as root."""
     binds = tuple(
         Bind(m.source, m.target, m.read_only, os.path.isdir(m.source)) for m in spec.mounts if m.source is not None
     )
@@ -151,6 +151,7 @@ def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
     hostname = default_hostname(Run(UNKNOWN_ID, spec))
     box = Box(
         hostname,
+        user=_user(spec),
         binds=binds,
         joins=len(cgroups.joins),
         into_cgroup=cgroups.into is not None,
@@ -158,6 +159,16 @@ def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
         overlay_by_spawner=not tmpfs_keeps_user_attributes(),
     )
     return build_plan(spec, box), box
+
+
+def _user(spec: JobSpec) -> User:
+    from diyc.images.users import resolve_user
+
+    if spec.image.kind == "dir" and spec.image.source:
+        account = resolve_user(spec.image.source, spec.user)
+        return User(account.uid, account.gid, account.groups, account.home)
+    uid, _, gid = spec.user.partition(":")
+    return User(int(uid), int(gid or 0), (), "/") if uid.isdigit() else User()
 
 
 def _cgroup_calls(cgroups: Preview) -> list[Call]:

@@ -18,12 +18,14 @@ from diyc.errors import ConfigError, DiycError, HostError, Problem, SetupError
 if TYPE_CHECKING:
     import asyncio
 
+    from diyc.cli.relay import Relay
     from diyc.host import Feature
     from diyc.jobs import JobSpec
     from diyc.results import Result
     from diyc.supervisor import Batch, Supervisor
 
 PROGRAM = "diyc"
+RELAY_PATIENCE = 1.0  # for what a run said that was stopped: its reader may be what hangs
 FAILED, NOT_EXECUTABLE, NOT_FOUND, TIMED_OUT = 125, 126, 127, 124
 _EXEC_STATUS = {
     errno.ENOENT: NOT_FOUND,
@@ -146,6 +148,7 @@ def _tmpfs(text: str) -> dict[str, Any]:
 async def _run(spec: JobSpec, state_dir: str | None, as_json: bool, got: list[int]) -> Result:
     import asyncio
 
+    from diyc.cli.relay import Relay
     from diyc.supervisor import Supervisor
 
     settings: dict[str, Any] = {"state_dir": os.path.abspath(state_dir)} if state_dir else {}
@@ -154,7 +157,8 @@ async def _run(spec: JobSpec, state_dir: str | None, as_json: bool, got: list[in
         ended: asyncio.Future[Result] = loop.create_future()
         loop.set_exception_handler(lambda loop, context: _defect(loop, context, ended))
         prepared = await supervisor.prepare(spec)
-        sink = None if as_json else _stream
+        relay = Relay(loop, lambda error: _output_error(error, ended))
+        sink = None if as_json else _Output(relay)
 
         def on_result(result: Result) -> None:
             if not ended.done():  # else the command has failed already
@@ -165,7 +169,9 @@ async def _run(spec: JobSpec, state_dir: str | None, as_json: bool, got: list[in
             loop.add_signal_handler(number, _interrupt, supervisor, batch, number, got)
         if os.isatty(0):
             print("diyc: the job's standard input is empty: terminals are not passed on yet", file=sys.stderr)
-        return await ended
+        result = await ended
+        relay.close(None if result.verdict in ("ok", "exit", "signal") else RELAY_PATIENCE)
+        return result
 
 
 def _interrupt(supervisor: Supervisor, batch: Batch, number: int, got: list[int]) -> None:
@@ -209,15 +215,21 @@ def _stdin() -> int | None:
     return fd
 
 
-def _stream(name: str, chunk: bytes) -> None:
-    fd = 1 if name == "stdout" else 2
-    try:
-        while chunk:
-            chunk = chunk[os.write(fd, chunk) :]
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise ReaderGone from error
-        raise OutputError(f"cannot write to {name}: {error.strerror}") from error
+class _Output:
+    """Passes a run's output on to our own, as fast as that is read."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self.when_ready = relay.when_ready
+
+    def __call__(self, name: str, chunk: bytes, /) -> bool:
+        return self._relay.write(1 if name == "stdout" else 2, chunk)
+
+
+def _output_error(error: OSError, ended: asyncio.Future[Result]) -> None:
+    gone = error.errno == errno.EPIPE
+    if not ended.done():
+        ended.set_exception(ReaderGone() if gone else OutputError(f"cannot write the output: {error.strerror}"))
 
 
 def _status(result: Result) -> int:

@@ -15,12 +15,13 @@ import click
 
 from diyc import __version__
 from diyc.cli import common
-from diyc.errors import ConfigError, DiycError, HostError, Problem
+from diyc.errors import ConfigError, DiycError, Problem
 
 if TYPE_CHECKING:
     import asyncio
 
     from diyc.cli.progress import Progress
+    from diyc.cli.relay import Relay
     from diyc.cli.summary import Tally
     from diyc.config import Config
     from diyc.jobs import Run
@@ -125,6 +126,7 @@ class _Session:
         self._signal = 0
         self._error: Exception | None = None
         self._supervisor: Supervisor | None = None
+        self._relay: Relay | None = None
         self._writers: list[Callable[[str], None]] = []
         self._closing = ExitStack()
 
@@ -155,6 +157,7 @@ class _Session:
             self._progress.close()
             if self._error is None:
                 self._finish(total)
+                await self._flush()
         if self._error is not None:
             raise self._error
         return 128 + self._signal if self._signal else self._tally.exit_status
@@ -184,6 +187,10 @@ class _Session:
     # -- output ----------------------------------------------------------------------------------------------------
 
     def _open_outputs(self) -> None:
+        import asyncio
+
+        from diyc.cli.relay import Relay
+
         options = self._options
         if options.joblog is not None:
             try:
@@ -194,7 +201,8 @@ class _Session:
                 ) from error
             self._writers.append(_line_writer(self._closing.enter_context(log)))
         if options.json:
-            self._writers.append(_line_writer(sys.stdout))
+            self._relay = Relay(asyncio.get_running_loop(), self._output_error)
+            self._writers.append(self._write_stdout)
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
@@ -203,7 +211,7 @@ class _Session:
                 write(line)
             except OSError as error:
                 self._writers.remove(write)
-                self._give_up(HostError("output", f"cannot write results: {error.strerror}"))
+                self._output_error(error)
 
     def _finish(self, total: int) -> None:
         summary = {**self._tally.to_json(), "not_started": total - self._tally.runs, "stopped_by": self._signal or None}
@@ -246,6 +254,21 @@ class _Session:
         for warning in supervisor.warnings:
             self._progress.message(f"warning: {warning}")
         supervisor.warnings.clear()
+
+    def _write_stdout(self, line: str) -> None:
+        if self._relay is not None:
+            self._relay.write(1, line.encode())
+
+    async def _flush(self) -> None:
+        """Wait for the reader of stdout, with the loop running: signals and errors still count."""
+        import asyncio
+
+        if self._relay is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._relay.close)
+            await asyncio.sleep(0)
+
+    def _output_error(self, error: OSError) -> None:
+        self._give_up(DiycError(f"cannot write results: {error.strerror}"))
 
     def _give_up(self, error: Exception) -> None:
         """Something that cannot be mended while running: stop, and leave with this error."""

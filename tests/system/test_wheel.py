@@ -118,3 +118,9 @@ def test_installed_wheel_runs_a_job(installed: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[0])
     assert (result["verdict"], result["stdout"]) == ("ok", "hello\n")
+
+
+@pytest.mark.privileged
+def test_installed_wheel_runs_one_job_at_once(installed: Path, tmp_path: Path) -> None:
+    done = run(installed / "diyc", "run", "--state-dir", tmp_path / "state", "host", "sh", "-c", "echo hello; exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "hello\n", "")
