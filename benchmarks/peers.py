@@ -134,7 +134,8 @@ def crun(where: Path, root: Path) -> Peer:
 
 
 def bubblewrap(root: Path) -> Peer:
-    command = f"bwrap --unshare-all --ro-bind {root} / --proc /proc --dev /dev --tmpfs /tmp --cap-drop ALL --die-with-parent /bin/true"
+    views = f"--ro-bind {root} / --proc /proc --dev /dev --tmpfs /tmp"
+    command = f"bwrap --unshare-all {views} --cap-drop ALL --die-with-parent /bin/true"
     return Peer(
         "bwrap", "no limits, no cgroups; read-only root", lambda runs, parallel: quietly(many(command, runs, parallel))
     )

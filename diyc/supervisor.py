@@ -27,7 +27,7 @@ from diyc.images.directories import private_directory
 from diyc.images.store import ImageStore, RootTree
 from diyc.images.users import resolve_user
 from diyc.instance import Instance, Leftover
-from diyc.jobs import JobSpec, Mount, Run
+from diyc.jobs import JobSpec, Limits, Mount, Run
 from diyc.metrics import LiveContainer
 from diyc.plan import Bind, Box, User
 from diyc.process import Launcher
@@ -211,9 +211,7 @@ class Supervisor:
 
     def _check_limits(self, spec: JobSpec) -> None:
         problems = self.cgroups.unsupported(spec.limits)
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        if spec.limits.nofile > hard:
-            problems.append(f"limits.nofile: this process may open {hard} files at most, and so may its jobs")
+        problems += _above_own_limits(spec.limits)
         if (spec.limits.memory or 0) > self.config.max_memory:
             raise DiycError(
                 f"job {spec.name}: limits.memory is above the supervisor's max_memory: it could never start"
@@ -423,6 +421,14 @@ class Supervisor:
 def _image_mounts(tree: RootTree) -> Iterator[Mount]:
     """The parts of the host that an image shows, as read-only mounts."""
     return (Mount("bind", target, source, read_only=True) for source, target in tree.binds)
+
+
+def _above_own_limits(limits: Limits) -> Iterator[str]:
+    """A child in a user namespace may not raise a hard limit (getrlimit(2))."""
+    for key, number in (("nofile", resource.RLIMIT_NOFILE), ("core", resource.RLIMIT_CORE)):
+        hard = resource.getrlimit(number)[1]
+        if hard != resource.RLIM_INFINITY and getattr(limits, key) > hard:
+            yield f"limits.{key}: this process itself may have {hard} at most (ulimit -H): raise that"
 
 
 def _no_idmap(path: str, what: str) -> str:

@@ -50,7 +50,15 @@ FAILING: dict[str, tuple[Step, int]] = {
     "exec": (EXEC, errno.ENOENT),
 }
 NEEDS_MORE = {"await_parent", "setsid", "bounding_set", "capset"}  # tests of their own below
-CANNOT_FAIL = {"keyring", "mark", "umask", "close_from", "clear_ambient", "no_new_privs", "signals"}  # by their manual pages
+CANNOT_FAIL = {
+    "keyring",
+    "mark",
+    "umask",
+    "close_from",
+    "clear_ambient",
+    "no_new_privs",
+    "signals",
+}  # by their manual pages
 
 
 def test_every_kind_of_step_is_covered_here() -> None:
