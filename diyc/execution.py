@@ -403,6 +403,7 @@ class Execution:
 
     def _steps(self) -> dict[str, float]:
         steps = {"queue": round(self._begun - self._queued_at, 7), **(self._started.steps_s if self._started else {})}
+        steps["network"] = 0.0  # a new namespace, made by clone; links and addresses come with bridges
         steps["cgroup"] = round(steps.get("cgroup", 0.0) + self._cgroup_s, 7)
         return steps
 

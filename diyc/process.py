@@ -120,7 +120,7 @@ class Launcher:
         for token, pid, pidfd, failed, number, index, dequeued, started, marks in self._spawner.completions():
             plan, report = self._waiting.pop(token)
             if not failed:
-                report(Started(pid, pidfd, started / 1e9, _steps(dequeued, started, marks)))
+                report(Started(pid, pidfd, marks[MARK_EXEC] / 1e9, _steps(dequeued, started, marks)))
             elif index < 0:
                 report(SetupError("clone", None, number, None))
             else:

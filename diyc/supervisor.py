@@ -172,6 +172,8 @@ class Supervisor:
         """Get a job's image ready and check that this host can run it.
 
         Raises ImageError; HostError naming each limit that cannot be enforced (a warning where best-effort)."""
+        if self._state.draining:
+            raise _stopped()
         prepared = self._prepared.get(spec)
         if prepared is None:
             self._check_limits(spec)
@@ -234,6 +236,8 @@ class Supervisor:
 
         `on_dropped` is told how many runs a drain kept from starting. With `sink`, output goes there as it comes
         and is not kept; `stdin` is a descriptor that the caller keeps open."""
+        if self._state.draining:
+            raise _stopped()
         batch = Batch(prepared, time.monotonic(), on_result, on_dropped, sink, stdin)
         batch.order = (-prepared.spec.priority, next(self._sequence))
         self._state.queued += batch.left
@@ -265,16 +269,19 @@ class Supervisor:
     async def map(self, specs: Iterable[JobSpec]) -> AsyncIterator[Result]:
         """Run each job with all its runs; results come as runs end."""
         results: asyncio.Queue[Result | None] = asyncio.Queue()
-        expected = 0
-        for spec in specs:
-            prepared = await self.prepare(spec)
-            self.submit(prepared, results.put_nowait, on_dropped=lambda _: results.put_nowait(None))
-            expected += spec.count
-        for _ in range(expected):
-            result = await results.get()
-            if result is None:
-                raise _stopped()
-            yield result
+        batches: list[Batch] = []
+        try:
+            for spec in specs:
+                prepared = await self.prepare(spec)
+                batches.append(self.submit(prepared, results.put_nowait, on_dropped=lambda _: results.put_nowait(None)))
+            for _ in range(sum(batch.prepared.spec.count for batch in batches)):
+                result = await results.get()
+                if result is None:
+                    raise _stopped()
+                yield result
+        finally:
+            for batch in batches:  # the caller went away, or failed: nobody wants the rest
+                self.cancel(batch)
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -360,8 +367,10 @@ class Supervisor:
         if self._state.running:
             self._loop.call_later(self.config.shutdown_grace, self.kill)
         for batch in (*self._state.queue, *self._state.parked):
-            if batch.left and batch.on_dropped is not None:
-                batch.on_dropped(batch.left)
+            left, batch.cancelled = batch.left, True
+            if left and batch.on_dropped is not None:
+                batch.on_dropped(left)
+        self._state.queued = 0
         self._admit_soon()
 
     def kill(self) -> None:

@@ -35,6 +35,12 @@ def fail(program: str, error: DiycError, status: int | None = None) -> NoReturn:
     raise SystemExit(exit_status(error) if status is None else status)
 
 
+def reader_gone() -> NoReturn:
+    """Whoever read our output has had enough, as `head` does: end as SIGPIPE would, without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at exit
+    raise SystemExit(128 + signal.SIGPIPE)
+
+
 def run_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run `main` on uvloop, or on plain asyncio where uvloop is not installed or DIYC_EVENT_LOOP=asyncio."""
     import asyncio

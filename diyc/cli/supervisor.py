@@ -96,6 +96,9 @@ def main(
             common.enter_systemd_scope()
             common.settle_process()
             status = common.run_loop(lambda: _Session(settings, options).run())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        common.reader_gone()
     except DiycError as error:
         common.fail(PROGRAM, error)
     raise SystemExit(status)

@@ -426,7 +426,7 @@ def test_very_many_sleeping_jobs_overlap_and_a_scrape_answers_meanwhile(each_loo
     assert peak == parallel
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert Counter(line["verdict"] for line in lines[:-1]) == {"ok": count}
-    assert min(line["wall_s"] for line in lines[:-1]) >= seconds
+    assert min(line["wall_s"] for line in lines[:-1]) >= 0.9 * seconds
     assert lines[-1]["wall_s"] < count / parallel * seconds * 4
 
 

@@ -170,8 +170,7 @@ def test_a_signal_cancels_the_run(number: signal.Signals, place: Place) -> None:
         run.send_signal(number)
         done = finish(run)
     assert done.stdout == "stopping\n"
-    assert done.status > 128
-    assert "cancelled" in done.stderr
+    assert done.status == 128 + number
     assert "Traceback" not in done.stderr
 
 
@@ -214,7 +213,7 @@ def test_options_after_the_image_are_the_commands(place: Place) -> None:
         (["-u", "1000:1001"], "id -u; id -g", "1000\n1001"),
         (["-u", "nobody"], "id -un", "nobody"),
         (["--hostname", "box.example.org"], "hostname", "box.example.org"),
-        (["-h", "box"], "cat /etc/hostname", "box"),
+        (["--hostname", "box"], "cat /etc/hostname", "box"),
         (["--network", "loopback"], "cat /sys/class/net/lo/operstate; ls /sys/class/net", "unknown\nlo"),
         ([], "cat /sys/class/net/lo/operstate", "down"),
         (["--read-only"], "touch /x 2>/dev/null || echo refused", "refused"),
@@ -340,7 +339,7 @@ def test_explain_shows_what_the_kernel_is_asked_in_order_with_why_and_source(pla
     assert found == sorted(found)
     calls = re.findall(r"^ *(\d+)  \S", done.stdout, re.MULTILINE)
     assert [int(number) for number in calls] == list(range(len(calls)))
-    assert len(re.findall(r"^ +\S.*\[\w+\(\w+\).*\]$", done.stdout, re.MULTILINE)) == len(calls)
+    assert len(re.findall(r"^ +\S.*\[.*\w\(\w+\).*\]$", done.stdout, re.MULTILINE)) == len(calls)
     assert "\x1b" not in done.stdout
 
 
