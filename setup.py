@@ -106,7 +106,7 @@ def jobs_schema() -> dict[str, Any]:
 core = Extension(
     "diyc._core",
     sources=sorted(set(glob("csrc/*.c")) - {CHILD}),
-    depends=[*sorted(glob("csrc/*.h")), "setup.py"],
+    depends=[CHILD, *sorted(glob("csrc/*.h")), "setup.py"],
     include_dirs=["csrc"],
     define_macros=[("Py_LIMITED_API", "0x030b0000")],
     py_limited_api=True,

@@ -14,7 +14,6 @@
 #include <linux/keyctl.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
-#include <linux/poll.h>
 #include <linux/prctl.h>
 #include <linux/sockios.h>
 #include <linux/time_types.h>
@@ -46,16 +45,26 @@ static long child_await_parent(struct run *run) {
     }
 }
 
-/* A parent that died before the call would never be noticed: getppid() is 0 in a PID namespace, so its
- * pidfd is asked. Credential changes clear the setting (prctl(2)), hence a second such step after them. */
-static long child_pdeathsig(const struct step *step, int pidfd) {
+/* A parent that died before the call would never be noticed, and getppid() is 0 in a PID namespace: the fourth field of
+ * /proc/self/stat, opened before the pivot, is asked (data: the supervisor's pid). Its pidfd would not do: it tells of
+ * a process's end only when the last of its threads is gone, later than the kernel has looked for children to signal.
+ */
+static long child_pdeathsig(const struct step *step, int stat) {
+    char text[512];
     long ret = sys_call2(__NR_prctl, PR_SET_PDEATHSIG, (long)step->flags);
-    if (ret < 0 || pidfd < 0)
+    if (ret < 0 || stat < 0)
         return ret;
-    struct pollfd parent = {.fd = pidfd, .events = POLLIN};
-    struct __kernel_timespec now = {0, 0};
-    ret = sys_call4(__NR_ppoll, SYS_P(&parent), 1, SYS_P(&now), 0);
-    return ret > 0 ? -ESRCH : ret;
+    long length = sys_call4(__NR_pread64, stat, SYS_P(text), sizeof(text), 0);
+    if (length < 0)
+        return length;
+    long at = length;
+    while (at > 0 && text[at - 1] != ')')
+        at--;
+    at += 3; /* " S " */
+    for (uint32_t i = 0; i < step->data_len; i++)
+        if (at + (long)i >= length || text[at + (long)i] != step->data[i])
+            return -ESRCH;
+    return 0;
 }
 
 static long child_mkdir(const struct step *step) {
@@ -284,6 +293,8 @@ static long child_step(struct run *run, const struct step *step) {
         return sys_mount(step->source, step->target, step->type, step->flags, step->data);
     case STEP_OPEN_TREE:
         return child_store(run, step, sys_open_tree(AT_FDCWD, step->source, (unsigned)step->flags));
+    case STEP_OPEN_FILE:
+        return child_store(run, step, child_open(step->source, O_RDONLY, 0, 0));
     case STEP_FSMOUNT:
         return child_store(run, step, child_fsmount(step));
     case STEP_MOVE_MOUNT:

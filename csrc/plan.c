@@ -104,6 +104,7 @@ static int step_needs(uint32_t kind, int has_fd, int has_out, int has_source, in
         [STEP_SYMLINK] = {.source = 1, .target = 1},
         [STEP_MOUNT] = {.target = 1},
         [STEP_OPEN_TREE] = {.source = 1, .out = 1},
+        [STEP_OPEN_FILE] = {.source = 1, .out = 1},
         [STEP_FSMOUNT] = {.out = 1, .data = 1},
         [STEP_MOVE_MOUNT] = {.fd = 1, .target = 1},
         [STEP_MOUNT_SETATTR] = {.target = 1},

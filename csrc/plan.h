@@ -13,7 +13,7 @@
 #define STEP_LIST(X)                                                                                                   \
     X(MARK, "mark")                   /* note the time as mark number `flags` */                                       \
     X(AWAIT_PARENT, "await_parent")   /* wait until id maps and oom_score_adj are written */                           \
-    X(PDEATHSIG, "pdeathsig")         /* signal `flags` at the parent's death; fd: its pidfd, checked after */         \
+    X(PDEATHSIG, "pdeathsig")         /* signal `flags` at the parent's death; fd: /proc/self/stat, data: "PPID " */   \
     X(CGROUP_JOIN, "cgroup_join")     /* fd: a v1 `tasks` file */                                                      \
     X(UNSHARE, "unshare")             /* flags: CLONE_NEW... */                                                        \
     X(SETSID, "setsid")               /* a session of its own */                                                       \
@@ -30,6 +30,7 @@
     X(SYMLINK, "symlink")             /* source: what the link says, target: where it lies */                          \
     X(MOUNT, "mount")                 /* source, target, type, flags, data as in mount(2) */                           \
     X(OPEN_TREE, "open_tree")         /* source: path to clone, flags; out: register of the new mount */               \
+    X(OPEN_FILE, "open_file")         /* source: path to read; out: register */                                        \
     X(FSMOUNT, "fsmount")             /* type, data: "key=value" strings, flags: MOUNT_ATTR_...; out: register */      \
     X(MOVE_MOUNT, "move_mount")       /* fd: a detached mount, target, flags: RESOLVE_... of openat2(2) */             \
     X(MOUNT_SETATTR, "mount_setattr") /* target, flags: MOUNT_ATTR_... to set */                                       \

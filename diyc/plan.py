@@ -69,6 +69,7 @@ STEP_DOCS: dict[str, StepDoc] = {
     "write_file": StepDoc("openat2({target}, O_CREAT|O_EXCL|O_NOFOLLOW) + write({data})", "openat2(2)"),
     "symlink": StepDoc("symlinkat({source}, {target})", "symlink(2)"),
     "mount": StepDoc("mount({source}, {target}, {type}, {flags}, {data})", "mount(2)"),
+    "open_file": StepDoc("{out} = openat2({source}, O_RDONLY)", "openat2(2)"),
     "open_tree": StepDoc("{out} = open_tree({source}, OPEN_TREE_CLONE)", "open_tree(2)"),
     "fsmount": StepDoc("{out} = fsmount(fsopen({type}), {flags}) {data}", "fsopen(2), fsmount(2)"),
     "move_mount": StepDoc("move_mount({fd}, {target})", "move_mount(2)"),
@@ -195,7 +196,8 @@ class Box:
     """What a plan needs to know beyond the job: its root, its mounts and how it enters its cgroups.
 
     `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors. Before Linux 6.6 a tmpfs has
-    no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it."""
+    no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
+    `supervisor` is the pid that the child must find as its parent."""
 
     hostname: str
     user: User = User()
@@ -204,6 +206,7 @@ class Box:
     into_cgroup: bool = False
     capabilities: int = 0
     overlay_by_spawner: bool = False
+    supervisor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,6 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         "stdin",
         "stdout",
         "stderr",
-        "supervisor",
         "supervisor_kept",
         *(f"tasks{i}" for i in range(box.joins)),
         "layer",
@@ -285,7 +287,19 @@ def _identity(box: Box) -> tuple[Step, ...]:
     return (
         Step("mark", "how long clone3 took", flags=MARK_CLONED),
         *joins,
-        Step("pdeathsig", "the job dies with the supervisor", fd="supervisor", flags=SIGKILL),
+        Step(
+            "open_file",
+            "tells who the parent is, also when its own /proc is out of sight",
+            out="supervisor",
+            source="/proc/self/stat",
+        ),
+        Step(
+            "pdeathsig",
+            "the job dies with the supervisor",
+            fd="supervisor",
+            flags=SIGKILL,
+            data=f"{box.supervisor} ".encode(),
+        ),
         Step("await_parent", "the parent writes uid_map, gid_map and oom_score_adj: the child may not"),
         Step("setsid", "a session of its own: no controlling terminal, no signal from the host's"),
         Step("umask", "the usual default, whatever the supervisor's is", flags=0o022),
@@ -543,7 +557,13 @@ def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
             "capset", "cap_add" if box.capabilities else "no capability", flags=box.capabilities if user.uid == 0 else 0
         ),
         Step("no_new_privs", "setuid and file capabilities of the image have no effect"),
-        Step("pdeathsig", "again: a change of credentials clears it", fd="supervisor_kept", flags=SIGKILL),
+        Step(
+            "pdeathsig",
+            "again: a change of credentials clears it",
+            fd="supervisor_kept",
+            flags=SIGKILL,
+            data=f"{box.supervisor} ".encode(),
+        ),
         Step("signals", "what the supervisor ignores or blocks is not inherited"),
         Step("mark", "how long confinement took", flags=MARK_EXEC),
         Step("exec", "the command: the first of its candidates on PATH that can be run"),

@@ -80,7 +80,6 @@ class Launcher:
         except OSError as error:
             raise HostError("spawner", f"cannot {error.args[1]}: {os.strerror(error.args[0])}") from error
         self._loop = loop
-        self._self_fd = os.pidfd_open(os.getpid())
         self._waiting: dict[int, tuple[Plan, Report]] = {}
         self._token = 0
         self._compile = lru_cache(maxsize=256)(_compile)
@@ -91,7 +90,7 @@ class Launcher:
 
         The descriptors must stay open until then. Raises ValueError for strings with NUL."""
         self._token += 1
-        given = {**launch.descriptors, "supervisor": self._self_fd, "supervisor_kept": SUPERVISOR_FD}
+        given = {**launch.descriptors, "supervisor_kept": SUPERVISOR_FD}
         self._spawner.submit(
             self._compile(launch.plan),
             self._token,
@@ -114,7 +113,6 @@ class Launcher:
         """Stop the threads. Jobs that still run are killed by their parent-death signal."""
         self._loop.remove_reader(self._spawner.fileno())
         self._spawner.close()
-        os.close(self._self_fd)
 
     def _drain(self) -> None:
         for token, pid, pidfd, failed, number, index, dequeued, started, marks in self._spawner.completions():

@@ -200,6 +200,7 @@ class Supervisor:
             into_cgroup=self.cgroups.layout != "v1",
             capabilities=capabilities.mask(spec.cap_add),
             overlay_by_spawner=self._overlay_by_spawner,
+            supervisor=os.getpid(),
         )
         return Prepared(spec, tree, box, os.path.realpath(spec.stdin) if spec.stdin else None)
 

@@ -243,6 +243,7 @@ def plan_json(spec: JobSpec, cgroups: Preview) -> dict[str, Any]:
         "candidates": candidates(spec.argv[0], path),
         "limits": limit_lines(spec),
         "clone_flags": plan.clone_flags,
+        "spawner_steps": plan.spawner_steps,
         "calls": [call._asdict() for call in calls(spec, cgroups)],
         "steps": [
             {"index": index, "kind": step.kind, "call": step.call(), "why": step.why, "target": step.target}

@@ -19,6 +19,7 @@ from diyc.errors import ConfigError, DiycError, Problem
 
 if TYPE_CHECKING:
     import asyncio
+    from io import RawIOBase
 
     from diyc.cli.progress import Progress
     from diyc.cli.relay import Relay
@@ -197,7 +198,7 @@ class _Session:
         options = self._options
         if options.joblog is not None:
             try:
-                log = open(options.joblog, "a", encoding="utf-8")  # noqa: SIM115  closed by the ExitStack
+                log = open(options.joblog, "ab", buffering=0)  # noqa: SIM115  closed by the ExitStack
             except OSError as error:
                 raise ConfigError(
                     [Problem("--joblog", None, options.joblog, f"cannot be opened: {error.strerror}")]
@@ -325,10 +326,13 @@ class _Session:
         supervisor.drain()
 
 
-def _line_writer(stream: IO[str]) -> Callable[[str], None]:
+def _line_writer(log: RawIOBase) -> Callable[[str], None]:
+    """Whole lines at once and unbuffered: closing has nothing left to write, and so nothing to fail with."""
+
     def write(line: str) -> None:
-        stream.write(line)
-        stream.flush()
+        rest = line.encode()
+        while rest:
+            rest = rest[log.write(rest) or 0 :]
 
     return write
 

@@ -44,7 +44,7 @@ def exactly(*names: str) -> Callable[[Step], list[str]]:
 CALLS: dict[str, Callable[[Step], list[str]]] = {
     "mark": exactly("clock_gettime"),
     "await_parent": exactly("futex", WAIT),
-    "pdeathsig": exactly("prctl", "ppoll"),
+    "pdeathsig": exactly("prctl", "pread64"),
     "cgroup_join": exactly("write"),
     "unshare": exactly("unshare"),
     "keyring": exactly("keyctl"),
@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[[Step], list[str]]] = {
     "setgroups": exactly("setgroups"),
     "setresgid": exactly("setresgid"),
     "setresuid": exactly("setresuid"),
+    "open_file": exactly("openat2"),
     "mkdir": exactly("mkdirat"),
     "mknod_file": exactly("mknodat"),
     "write_file": exactly("unlinkat", "openat2", "write", "close"),
