@@ -74,9 +74,20 @@ def remove_leftovers(paths: Iterable[str], patience: float = 10.0, files: Files 
     for directory in (directory for tree in trees for directory in _bottom_up(tree)):
         with _noted(failures):
             removed += _remove(directory, deadline, files)
+    for parent in {os.path.dirname(tree) for tree in trees}:
+        _remove_if_empty(parent, files)
     if failures:
         raise failures[0]
     return removed
+
+
+def _remove_if_empty(parent: str, files: Files) -> None:
+    """The directory that supervisors share goes with the last of them, as it does at a supervisor's own end."""
+    try:
+        files.rmdir(parent)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT):
+            raise CgroupError("remove", parent, error) from error
 
 
 @contextlib.contextmanager
