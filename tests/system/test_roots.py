@@ -239,11 +239,11 @@ def test_mounts_within_mounts_show_whatever_their_order(jobs: Jobs) -> None:
     given = jobs.path / "given"
     given.mkdir()
     given.joinpath("file").touch()
-    outer = {"type": "tmpfs", "target": "/work"}
-    inner = {"type": "bind", "source": str(given), "target": "/work/in"}
+    outer = {"type": "tmpfs", "target": "/outer"}
+    inner = {"type": "bind", "source": str(given), "target": "/outer/in"}
     for mounts in ([outer, inner], [inner, outer]):
-        facts = Facts.of(jobs.run(jobs.probe("look", "/work/in/file", mounts=mounts)))
-        assert facts.one("/work/in/file").startswith("0:0"), [mount["type"] for mount in mounts]
+        facts = Facts.of(jobs.run(jobs.probe("look", "/outer/in/file", mounts=mounts)))
+        assert facts.one("/outer/in/file").startswith("0:0"), [mount["type"] for mount in mounts]
 
 
 def test_mount_upon_a_directory_of_the_image_covers_it(jobs: Jobs, image: Path) -> None:
