@@ -140,9 +140,8 @@ class Supervisor:
         owned.callback(self.cgroups.close)
         self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
         owned.callback(os.close, self._userns)
-        fast = process.can_idmap(
-            os.path.realpath(config.runtime_dir), self._userns
-        )  # a tmpfs is quicker, from Linux 6.3 on
+        # a tmpfs is quicker, where it can be idmapped: from Linux 6.3 on
+        fast = process.can_idmap(os.path.realpath(config.runtime_dir), self._userns)
         self._images = ImageStore(config.state_dir, config.runtime_dir if fast else None)
         owned.callback(self._images.close)
         locks = RangeLocks()
