@@ -104,12 +104,34 @@ static int try_call(long ret, const char *name, const char **what) {
     return -errno;
 }
 
+static int libc_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data) {
+    long ret = sys_mount(source, target, type, flags, data);
+    errno = ret < 0 ? (int)-ret : errno;
+    return ret < 0 ? -1 : 0;
+}
+
+struct dev_node {
+    const char *path;
+    unsigned major, minor;
+};
+
+/* Without root nobody makes device nodes: the host's own, which anybody may open, are mounted on empty files. */
+static int dev_node_make(const struct dev_node *node, const char **what) {
+    char source[32];
+    if (mknod(node->path, S_IFCHR | 0666, makedev(node->major, node->minor)) == 0)
+        return 0;
+    if (errno != EPERM)
+        return try_call(-1, "mknod /dev node", what);
+    snprintf(source, sizeof(source), "/%s", node->path);
+    int ret = try_call(mknod(node->path, S_IFREG | 0666, 0), "make a mount point in /dev", what);
+    if (ret == 0)
+        ret = try_call(libc_mount(source, node->path, NULL, MS_BIND, NULL), "bind the host's /dev node", what);
+    return ret;
+}
+
 static int dev_populate(const char **what) {
-    static const struct {
-        const char *path;
-        unsigned major, minor;
-    } nodes[] = {{"dev/null", 1, 3},   {"dev/zero", 1, 5},    {"dev/full", 1, 7},
-                 {"dev/random", 1, 8}, {"dev/urandom", 1, 9}, {"dev/tty", 5, 0}};
+    static const struct dev_node nodes[] = {{"dev/null", 1, 3},   {"dev/zero", 1, 5},    {"dev/full", 1, 7},
+                                            {"dev/random", 1, 8}, {"dev/urandom", 1, 9}, {"dev/tty", 5, 0}};
     static const char *const links[][2] = {{"/proc/self/fd", "dev/fd"},
                                            {"/proc/self/fd/0", "dev/stdin"},
                                            {"/proc/self/fd/1", "dev/stdout"},
@@ -117,8 +139,7 @@ static int dev_populate(const char **what) {
                                            {"pts/ptmx", "dev/ptmx"}};
     int ret = 0;
     for (size_t i = 0; ret == 0 && i < sizeof(nodes) / sizeof(*nodes); i++)
-        ret = try_call(mknod(nodes[i].path, S_IFCHR | 0666, makedev(nodes[i].major, nodes[i].minor)), "mknod /dev node",
-                       what);
+        ret = dev_node_make(&nodes[i], what);
     for (size_t i = 0; ret == 0 && i < sizeof(links) / sizeof(*links); i++)
         ret = try_call(symlink(links[i][0], links[i][1]), "symlink in /dev", what);
     if (ret == 0)
@@ -128,10 +149,13 @@ static int dev_populate(const char **what) {
     return ret;
 }
 
-static int libc_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data) {
-    long ret = sys_mount(source, target, type, flags, data);
-    errno = ret < 0 ? (int)-ret : errno;
-    return ret < 0 ? -1 : 0;
+/* A kernel file system of our own or, where its PID or network namespace belongs to the host's root, the host's. */
+static int kernel_mount(const char *type, const char *target, const char *host, const char **what) {
+    if (libc_mount(type, target, type, MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) == 0)
+        return 0;
+    if (errno != EPERM)
+        return try_call(-1, type, what);
+    return try_call(libc_mount(host, target, NULL, MS_BIND | MS_REC, NULL), host, what);
 }
 
 /* /proc and /sys are whole here because the kernel lets a child's user namespace mount its own only where it
@@ -143,10 +167,9 @@ static int small_root_fill(const char **what) {
     for (size_t i = 0; ret == 0 && i < sizeof(dirs) / sizeof(*dirs); i++)
         ret = try_call(mkdir(dirs[i], 0755), "mkdir in the spawner's root", what);
     if (ret == 0)
-        ret = try_call(libc_mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "mount proc", what);
+        ret = kernel_mount("proc", "proc", "/proc", what);
     if (ret == 0)
-        ret =
-            try_call(libc_mount("sysfs", "sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "mount sysfs", what);
+        ret = kernel_mount("sysfs", "sys", "/sys", what);
     if (ret == 0)
         ret = try_call(libc_mount("dev", "dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=64k,nr_inodes=32"),
                        "mount /dev", what);

@@ -12,6 +12,7 @@ from typing import Any
 from diyc.config_models import Document, ImageTable, LimitsTable, MountTable, NetworkTable, SecurityTable, Table
 from diyc.config_rules import EnvFiles
 from diyc.jobs import ImageSpec, JobSpec, Limits, Mount
+from diyc.rootless import owner
 
 _ID_RANGE = (524288, 1878523904)  # what systemd documents for containers (UIDS-GIDS.md)
 
@@ -33,7 +34,7 @@ class Machine:
         return cls(
             cpus=tuple(sorted(os.sched_getaffinity(0))),
             total_memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            euid=os.geteuid(),
+            euid=owner(),
             home=os.path.expanduser("~"),
             state_home=os.environ.get("XDG_STATE_HOME"),
             runtime_home=os.environ.get("XDG_RUNTIME_DIR"),

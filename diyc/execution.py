@@ -25,7 +25,7 @@ from diyc.jobs import JobSpec, Run
 from diyc.plan import OOM_SCORE_ADJ, Box, Plan, build_plan
 from diyc.process import Exit, Launch, Launcher, Started
 from diyc.results import CgroupFigures, Ending, Result, Verdict, classify
-from diyc.slots import Slot, Slots
+from diyc.slots import SharedSlots, Slot, Slots
 
 SETUP_TIMEOUT = 30.0
 READ_SIZE = 65536
@@ -47,7 +47,7 @@ class Services:
     loop: asyncio.AbstractEventLoop
     launcher: Launcher
     cgroups: Cgroups
-    slots: Slots
+    slots: Slots | SharedSlots
     bury: Callable[[RunCgroup], None]
     log_dir: str
 

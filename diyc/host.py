@@ -70,7 +70,7 @@ def read_host(proc: Path = Path("/proc"), sys: Path = Path("/sys"), *, euid: int
 
 
 def _root(proc: Path, uid: int) -> Feature:
-    remedy = "start it with sudo; running without root is not built yet"
+    remedy = "start it with sudo, or let diyc-supervisor or diyc enter a user namespace (`diyc unshare`)"
     if uid != 0:
         return Feature("root", False, f"running as uid {uid}", needed=True, remedy=remedy)
     match = re.search(r"^CapEff:\s*([0-9a-f]+)$", _read(proc / "self/status"), re.MULTILINE)

@@ -30,7 +30,7 @@ CLONE_FLAGS = {
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x1, 0x2, 0x4, 0x8, 0x4000, 0x40000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
-OPEN_TREE_CLONE, O_CLOEXEC = 0x1, 0o2000000
+OPEN_TREE_CLONE, AT_RECURSIVE, O_CLOEXEC = 0x1, 0x8000, 0o2000000
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x2, 0x4
 RLIMIT_CORE, RLIMIT_NOFILE = 4, 7
 SIGKILL = 9
@@ -197,7 +197,8 @@ class Box:
 
     `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors. Before Linux 6.6 a tmpfs has
     no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
-    `supervisor` is the pid that the child must find as its parent."""
+    `supervisor` is the pid that the child must find as its parent. `may_set_groups` is False where an ordinary user
+    has no subordinate groups (user_namespaces(7))."""
 
     hostname: str
     user: User = User()
@@ -207,6 +208,7 @@ class Box:
     capabilities: int = 0
     overlay_by_spawner: bool = False
     supervisor: int = 0
+    may_set_groups: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,7 @@ def _identity(box: Box) -> tuple[Step, ...]:
         Step("await_parent", "the parent writes uid_map, gid_map and oom_score_adj: the child may not"),
         Step("setsid", "a session of its own: no controlling terminal, no signal from the host's"),
         Step("umask", "the usual default, whatever the supervisor's is", flags=0o022),
-        Step("setgroups", "none of the supervisor's groups", data=b""),
+        *((Step("setgroups", "none of the supervisor's groups", data=b""),) if box.may_set_groups else ()),
         Step("setresgid", "group 0 of the new user namespace", flags=0),
         Step("setresuid", "user 0 of the new user namespace: unmapped ids can create nothing", flags=0),
         Step("keyring", "none of the supervisor's keys"),
@@ -408,7 +410,7 @@ def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
             "a clone of the /dev that the spawner prepared",
             out="dev",
             source="/dev",
-            flags=OPEN_TREE_CLONE | O_CLOEXEC,
+            flags=OPEN_TREE_CLONE | AT_RECURSIVE | O_CLOEXEC,
         ),
         Step("pivot_root", "from here on every path is the container's; the host's are gone", target="/scratch/root"),
         *(
@@ -549,7 +551,7 @@ def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
         _rlimit(RLIMIT_NOFILE, spec.limits.nofile, "limits.nofile"),
         _rlimit(RLIMIT_CORE, spec.limits.core, "limits.core"),
         Step("bounding_set", "execve can give back no other capability", flags=box.capabilities),
-        Step("setgroups", "the user's groups in the image", data=groups),
+        *((Step("setgroups", "the user's groups in the image", data=groups),) if box.may_set_groups else ()),
         Step("setresgid", "the job's group", flags=user.gid),
         Step("setresuid", "the job's user", flags=user.uid),
         Step("clear_ambient", "nothing is inherited by way of the ambient set"),

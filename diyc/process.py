@@ -169,9 +169,17 @@ def heeds_signal(pid: int, number: int, proc: str = "/proc") -> bool:
 
 
 def mount_tree(path: str, *, userns: int | None, read_only: bool = False, follow: bool = False) -> int:
-    """A detached, nosuid, nodev clone of the mount at `path`, idmapped with `userns`: a descriptor. Raises OSError."""
+    """A detached, nosuid, nodev clone of the mount at `path`, idmapped with `userns`: a descriptor. Raises OSError.
+
+    What is mounted below `path` is left out, unless the kernel insists: in a user namespace, mounts that were
+    inherited from outside stay together (mount_namespaces(7))."""
     attributes = ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if read_only else 0)
-    return _core.tree(path, attributes, -1 if userns is None else userns, follow=follow)
+    try:
+        return _core.tree(path, attributes, -1 if userns is None else userns, follow=follow)
+    except OSError as error:
+        if error.args[0] != errno.EINVAL or userns is not None:
+            raise
+    return _core.tree(path, attributes, recursive=True, follow=follow)
 
 
 def open_read_only(path: str, *, follow: bool = False) -> int:

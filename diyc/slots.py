@@ -10,6 +10,7 @@ import fcntl
 import heapq
 import os
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,16 +22,13 @@ _F_OFD_SETLK = 37
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Container ids 0..65535 are host ids `first`..`first + 65535`; `userns` is a descriptor of such a namespace."""
+    """Container ids are host ids from `first` on, by `id_map`, the text for uid_map and gid_map (user_namespaces(7)).
+    `userns` is a descriptor of such a namespace, None where mounts cannot be idmapped and ids need no shift."""
 
     index: int
     first: int
-    userns: int
-
-    @property
-    def id_map(self) -> str:
-        """The line for uid_map and gid_map (user_namespaces(7))."""
-        return f"0 {self.first} {RANGE}\n"
+    userns: int | None
+    id_map: str
 
 
 class RangeLocks:
@@ -94,7 +92,8 @@ class Slots:
             return kept
         first = self._first + index * RANGE
         try:
-            return Slot(index, first, self._make(f"0 {first} {RANGE}\n"))
+            id_map = f"0 {first} {RANGE}\n"
+            return Slot(index, first, self._make(id_map), id_map)
         except OSError:
             heapq.heappush(self._free, index)
             raise
@@ -112,11 +111,35 @@ class Slots:
         if self._reuse:
             self._kept[slot.index] = slot
         else:
-            os.close(slot.userns)
+            _drop(slot)
         heapq.heappush(self._free, slot.index)
 
     def close(self) -> None:
         """Drop the kept namespaces."""
         for slot in self._kept.values():
-            os.close(slot.userns)
+            _drop(slot)
         self._kept.clear()
+
+
+class SharedSlots:
+    """The same face without root: every run has the ids of the user namespace that the supervisor is in."""
+
+    size = sys.maxsize
+
+    def __init__(self, id_map: str) -> None:
+        self._slot = Slot(0, 0, None, id_map)
+
+    def take(self) -> Slot:
+        """The one slot."""
+        return self._slot
+
+    def give(self, slot: Slot) -> None:
+        """Nothing was taken from anybody."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def _drop(slot: Slot) -> None:
+    if slot.userns is not None:
+        os.close(slot.userns)

@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from diyc import capabilities, process
-from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftovers
+from diyc import capabilities, process, rootless
+from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftovers, without_cgroups
 from diyc.config import SupervisorConfig, supervisor_from_mapping
 from diyc.errors import CgroupError, DiycError, HostError, ImageError
 from diyc.execution import Execution, Prepared, Services, Sink
@@ -32,7 +32,7 @@ from diyc.metrics import LiveContainer
 from diyc.plan import Bind, Box, User
 from diyc.process import Launcher
 from diyc.results import Result
-from diyc.slots import RANGE, RangeLocks, Slots
+from diyc.slots import RANGE, RangeLocks, SharedSlots, Slots
 
 STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
 SPAWNER_THREADS = 4
@@ -134,23 +134,47 @@ class Supervisor:
         owned.callback(instance.close)
         self.leftovers = instance.recover(remove_leftovers)
         self.warnings += instance.unreadable
-        self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, instance.id)
-        instance.record(cgroups=self.cgroups.instance_dirs, paths=())
-        self.cgroups.prepare()
+        self.cgroups = self._open_cgroups(instance)
         owned.callback(self.cgroups.close)
-        self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
-        owned.callback(os.close, self._userns)
+        self._slots = self._open_slots()
         # a tmpfs is quicker, where it can be idmapped: from Linux 6.3 on
-        fast = process.can_idmap(os.path.realpath(config.runtime_dir), self._userns)
+        fast = self._can_show(os.path.realpath(config.runtime_dir))
         self._images = ImageStore(config.state_dir, config.runtime_dir if fast else None)
         owned.callback(self._images.close)
-        locks = RangeLocks()
-        owned.callback(locks.close)
-        self._slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse, lock=locks.take)
-        owned.callback(self._slots.close)
         threads = min(SPAWNER_THREADS, config.max_parallel)
         launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)
         return Services(self._loop, launcher, self.cgroups, self._slots, self._bury, log_dir)
+
+    def _open_cgroups(self, instance: Instance) -> Cgroups:
+        """Without root and where nobody delegated a cgroup, best-effort makes do with none: prepare() of each job
+        then names the limits that are not enforced."""
+        cgroups = open_cgroups(detect(), self.config.cgroup_parent, instance.id)
+        instance.record(cgroups=cgroups.instance_dirs, paths=())
+        try:
+            cgroups.prepare()
+        except HostError as error:
+            if rootless.mapped_ids() is None or self.config.enforce == "strict":
+                raise
+            cgroups = without_cgroups(str(error))
+        return cgroups
+
+    def _open_slots(self) -> Slots | SharedSlots:
+        """Id ranges to lend, each with a user namespace to idmap with; without root every run has all ids there are."""
+        config, owned = self.config, self._owned
+        self._mapped = rootless.mapped_ids()
+        if self._mapped is not None:
+            return SharedSlots(self._mapped.id_map(RANGE))
+        self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
+        owned.callback(os.close, self._userns)
+        locks = RangeLocks()
+        owned.callback(locks.close)
+        slots = Slots(config.id_range, process.user_namespace, reuse=config.reuse, lock=locks.take)
+        owned.callback(slots.close)
+        return slots
+
+    def _can_show(self, path: str) -> bool:
+        """Whether files at `path` can have the ids inside a job that they have for us."""
+        return self._mapped is not None or process.can_idmap(path, self._userns)
 
     async def __aexit__(self, *_: object) -> None:
         """End what still runs, and give back everything that was made."""
@@ -189,7 +213,8 @@ class Supervisor:
         tree = replace(tree, path=os.path.realpath(tree.path))
         account = resolve_user(tree.path, spec.user)
         user = User(account.uid, account.gid, account.groups, account.home)
-        if not process.can_idmap(tree.path, self._userns):
+        _check_mapped(spec, user, min(RANGE, self._mapped.count) if self._mapped else RANGE)
+        if not self._can_show(tree.path):
             raise HostError("idmapped mounts", _no_idmap(tree.path, "the image"))
         binds = tuple(self._bind(mount) for mount in (*_image_mounts(tree), *spec.mounts) if mount.type == "bind")
         box = Box(
@@ -200,13 +225,14 @@ class Supervisor:
             capabilities=capabilities.mask(spec.cap_add),
             overlay_by_spawner=self._overlay_by_spawner,
             supervisor=os.getpid(),
+            may_set_groups=self._mapped is None or rootless.may_set_groups(),
         )
         return Prepared(spec, tree, box, os.path.realpath(spec.stdin) if spec.stdin else None)
 
     def _bind(self, mount: Mount) -> Bind:
         """Without shifted ids a read-only mount still serves, a writable one could be written by nobody."""
         source = os.path.realpath(mount.source or "")  # from here on no link is followed
-        idmapped = process.can_idmap(source, self._userns)
+        idmapped = self._can_show(source)
         if not idmapped and not mount.read_only:
             raise HostError("idmapped mounts", _no_idmap(source, "a writable mount"))
         return Bind(source, mount.target, mount.read_only, os.path.isdir(source), idmapped)
@@ -443,6 +469,17 @@ def _above_own_limits(limits: Limits) -> Iterator[str]:
 def _no_idmap(path: str, what: str) -> str:
     advice = "put it on ext4, xfs or btrfs, or use a later kernel (tmpfs: Linux 6.3)"
     return f"{path} is on a file system that has none under Linux {os.uname().release}, and {what} needs them: {advice}"
+
+
+def _check_mapped(spec: JobSpec, user: User, count: int) -> None:
+    """Refuse a user or group that has no id outside."""
+    for what, number in (("user", user.uid), ("group", user.gid), *(("group", group) for group in user.groups)):
+        if number >= count:
+            raise HostError(
+                "user ids",
+                f"job {spec.name}: there is no {what} {number} here, only 0 to {count - 1}: without root, ids come "
+                "from /etc/subuid and /etc/subgid (usermod --add-subuids, --add-subgids), and newuidmap lends them",
+            )
 
 
 def _stopped() -> DiycError:

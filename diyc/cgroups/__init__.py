@@ -6,7 +6,7 @@
 
 The only package that knows /sys/fs/cgroup."""
 
-from diyc.cgroups.base import Cgroups, Preview, open_cgroups
+from diyc.cgroups.base import Cgroups, Preview, open_cgroups, without_cgroups
 from diyc.cgroups.delegation import needs_systemd_scope
 from diyc.cgroups.detect import CgroupHost, Place, detect
 from diyc.cgroups.kill import remove_leftovers
@@ -24,4 +24,5 @@ __all__ = [
     "needs_systemd_scope",
     "open_cgroups",
     "remove_leftovers",
+    "without_cgroups",
 ]

@@ -40,6 +40,12 @@ def open_cgroups(
     return Cgroups(host, parent, instance, machine or Machine(), files or Files())
 
 
+def without_cgroups(why: str) -> Cgroups:
+    """The same face where no cgroup may be written: runs are in the supervisor's own, every limit that needs one is
+    unsupported because of `why`, and there are no figures."""
+    return Cgroups(CgroupHost("none", {}, None), "diyc", "none", Machine(), Files(), absent=why)
+
+
 @dataclass(frozen=True, slots=True)
 class Preview:
     """A run's cgroups: a directory in each of `directories`, (file, value) pairs of its limits, the v1 hierarchies it
@@ -54,7 +60,10 @@ class Preview:
 class Cgroups:
     """Makes runs' cgroups. prepare() first; close() at the end, when no run is left."""
 
-    def __init__(self, host: CgroupHost, parent: str, instance: str, machine: Machine, files: Files) -> None:
+    def __init__(
+        self, host: CgroupHost, parent: str, instance: str, machine: Machine, files: Files, absent: str | None = None
+    ) -> None:
+        self._absent = absent
         self.layout = host.layout
         self._machine = machine
         self._files = files
@@ -202,6 +211,8 @@ class Cgroups:
         return None
 
     def _absence(self, controller: str) -> str:
+        if self._absent:
+            return self._absent
         place = self._unified.place if self._unified else None
         offered = self._files.read(f"{place.mount}/cgroup.controllers") if place else None
         if place and controller.encode() in (offered or b"").split():

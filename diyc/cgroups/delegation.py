@@ -14,7 +14,8 @@ from diyc.errors import HostError
 
 HOW_TO_DELEGATE = (
     "start diyc in a cgroup of its own: `systemd-run --scope -p Delegate=yes diyc-supervisor ...`, "
-    "or as a service with Delegate=yes"
+    "or as a service with Delegate=yes; for an ordinary user `systemd-run --user --scope ...`, and the administrator "
+    'hands controllers to users with `systemctl edit user@.service`: [Service] Delegate="cpu cpuset io memory pids"'
 )
 
 
@@ -49,6 +50,8 @@ def needs_systemd_scope(host: CgroupHost, systemd: str = "/run/systemd/system", 
     place = host.unified
     if host.layout != "v2" or place is None or place.marked or not os.path.isdir(systemd):
         return False
+    if os.geteuid() != 0 and not os.access(place.directory, os.W_OK):
+        return True
     if _is_top(place.directory):
         return False
     return bool(processes(place.directory, files or Files()) - {os.getpid()})

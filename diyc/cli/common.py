@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from diyc import rootless
 from diyc.errors import ConfigError, DiycError, HostError, ImageError
 
 if TYPE_CHECKING:
@@ -97,16 +98,28 @@ def _ensure_open(fd: int) -> None:
             os.close(opened)
 
 
-def enter_systemd_scope() -> None:
+def enter_host() -> None:
+    """Start anew where jobs can be run: in a cgroup that is ours, and without root in a user namespace.
+
+    Returns where neither is needed, or both are done."""
+    _enter_systemd_scope()
+    if os.geteuid() != 0:
+        rootless.enter([sys.executable, *sys.orig_argv[1:]])
+
+
+def _enter_systemd_scope() -> None:
     """Under systemd on pure cgroup v2, start anew in a scope whose cgroup is ours (Delegate=yes): the cgroup of a login
-    session belongs to systemd and holds other processes. Returns where that is not needed."""
+    session belongs to systemd and holds other processes. An ordinary user asks their own systemd, where one runs."""
     from diyc.cgroups import detect, needs_systemd_scope
 
-    if os.geteuid() != 0 or os.environ.get("DIYC_SCOPE") or not needs_systemd_scope(detect()):
+    user = os.geteuid() != 0
+    if rootless.MARK in os.environ or os.environ.get("DIYC_SCOPE") or not needs_systemd_scope(detect()):
         return
+    if user and not os.path.exists(f"{os.environ.get('XDG_RUNTIME_DIR', '')}/systemd/private"):
+        return  # no systemd of this user's: what cannot be enforced without it is refused by name later
     os.environ["DIYC_SCOPE"] = "1"  # once: should the scope not help, the supervisor says why
-    scope = ["systemd-run", "--scope", "--quiet", "--collect", "--property=Delegate=yes", "--"]
+    scope = ["systemd-run", *(["--user"] if user else []), "--scope", "--quiet", "--collect"]
     try:
-        os.execvp(scope[0], [*scope, sys.executable, *sys.orig_argv[1:]])
+        os.execvp(scope[0], [*scope, "--property=Delegate=yes", "--", sys.executable, *sys.orig_argv[1:]])
     except OSError as error:
         raise HostError("cgroup delegation", f"cannot run systemd-run: {error.strerror}") from error

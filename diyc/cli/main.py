@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from diyc import __version__
+from diyc import __version__, rootless
 from diyc.cli import common
-from diyc.errors import ConfigError, DiycError, HostError, Problem, SetupError
+from diyc.errors import ConfigError, DiycError, Problem, SetupError
 
 if TYPE_CHECKING:
     import asyncio
@@ -85,7 +86,7 @@ def run(image: str, command: tuple[str, ...], state_dir: str | None, as_json: bo
     timeout, 125 diyc failed, 126 not executable, 127 not found, 128+N killed by signal N."""
     try:
         spec = _spec(image, command, flags)
-        common.enter_systemd_scope()
+        common.enter_host()
         common.settle_process()
         got: list[int] = []
         result = common.run_loop(lambda: _run(spec, state_dir, as_json, got))
@@ -277,6 +278,10 @@ def doctor(as_json: bool) -> None:
     from diyc.cgroups import detect, open_cgroups
     from diyc.host import load_overlay, read_host
 
+    try:
+        common.enter_host()
+    except DiycError as error:
+        print(f"diyc: {error}", file=sys.stderr)  # and yet all that can be known is shown
     load_overlay()
     facts = read_host()
     try:
@@ -341,8 +346,26 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+@main.command(context_settings={**_CONTEXT, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def unshare(command: tuple[str, ...]) -> None:
+    """Run COMMAND as root of the user namespace that diyc uses without root: to look at or remove what jobs' users
+    own, or to run a Python program that uses diyc.Supervisor."""
+    program = shutil.which(command[0])
+    if program is None:
+        common.fail(PROGRAM, DiycError(f"{command[0]}: no such program on PATH"), NOT_FOUND)
+    try:
+        if os.geteuid() == 0:
+            os.execv(program, list(command))
+        rootless.enter([program, *command[1:]])
+    except OSError as error:
+        common.fail(PROGRAM, DiycError(f"{program}: {error.strerror}"), NOT_EXECUTABLE)
+    except DiycError as error:
+        common.fail(PROGRAM, error, FAILED)
+
+
 @main.command()
-@click.option("--runtime-dir", metavar="DIR", help="Default: /run/diyc.")
+@click.option("--runtime-dir", metavar="DIR", help="Default: /run/diyc, or diyc in XDG_RUNTIME_DIR.")
 def cleanup(runtime_dir: str | None) -> None:
     """Remove what killed supervisors left: cgroups with all that runs in them, and scratch directories."""
     from diyc.cgroups import remove_leftovers
@@ -354,8 +377,7 @@ def cleanup(runtime_dir: str | None) -> None:
 
     try:
         config = supervisor_from_mapping({"runtime_dir": runtime_dir} if runtime_dir else {})
-        if os.geteuid() != 0:
-            raise HostError("root", f"running as uid {os.geteuid()}; start it with sudo")
+        common.enter_host()
         private_directory(config.runtime_dir, "runtime_dir")
         private_directory(f"{config.runtime_dir}/instances", "runtime_dir")
         instance = Instance(config.runtime_dir, new_id())

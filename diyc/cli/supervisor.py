@@ -94,7 +94,7 @@ def main(
             print_expansion(settings, plans=dry_run, as_json=as_json)
             status = common.OK
         else:
-            common.enter_systemd_scope()
+            common.enter_host()
             common.settle_process()
             status = common.run_loop(lambda: _Session(settings, options).run())
         sys.stdout.flush()
