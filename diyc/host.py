@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from diyc import rootless
 from diyc.errors import HostError
 
 NAMESPACES = ("mnt", "pid", "uts", "ipc", "net", "user", "cgroup")
@@ -78,6 +79,9 @@ def _root(proc: Path, uid: int) -> Feature:
     if not mask >> _CAP_SYS_ADMIN & 1:
         detail = "root without CAP_SYS_ADMIN (an unprivileged container?)"
         return Feature("root", False, detail, needed=True, remedy="run on the host, or in a privileged container")
+    if (mapped := rootless.mapped_ids(proc)) is not None:
+        ids = f"{mapped.count} id{'s' if mapped.count > 1 else ''}"
+        return Feature("root", True, f"of a user namespace with {ids}: jobs share them", needed=True)
     return Feature("root", True, "uid 0 with CAP_SYS_ADMIN", needed=True)
 
 

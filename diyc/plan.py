@@ -37,6 +37,7 @@ SIGKILL = 9
 RLIM_INFINITY = 2**64 - 1
 SHM_SIZE = 64 * 1024**2
 SUPERVISOR_FD = 3
+TTY_GROUP = 5  # of terminals, in every distribution (devpts documentation of the kernel)
 OOM_SCORE_ADJ = 500  # the kernel takes jobs first
 
 # Positions in the marks that the child takes; the differences are a result's steps_s.
@@ -198,7 +199,7 @@ class Box:
     `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors. Before Linux 6.6 a tmpfs has
     no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
     `supervisor` is the pid that the child must find as its parent. `may_set_groups` is False where an ordinary user
-    has no subordinate groups (user_namespaces(7))."""
+    has no subordinate groups (user_namespaces(7)); `ids` is how many ids there are inside."""
 
     hostname: str
     user: User = User()
@@ -209,6 +210,7 @@ class Box:
     overlay_by_spawner: bool = False
     supervisor: int = 0
     may_set_groups: bool = True
+    ids: int = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         *before,
         *_identity(box),
         *(_root_from_spawner() if box.overlay_by_spawner else _root(spec)),
-        *_kernel_filesystems(spec),
+        *_kernel_filesystems(spec, box),
         *_etc(box),
         *_mounts(spec, box),
         *_proc(),
@@ -386,7 +388,8 @@ def _root_from_spawner() -> tuple[Step, ...]:
     )
 
 
-def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
+def _kernel_filesystems(spec: JobSpec, box: Box) -> tuple[Step, ...]:
+    tty_group = f",gid={TTY_GROUP}" if box.ids > TTY_GROUP else ""
     safe = ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC
     shm = min(SHM_SIZE, spec.limits.memory or SHM_SIZE)
     attach = (
@@ -428,7 +431,7 @@ def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
             target="/dev/pts",
             type="devpts",
             flags=MS_NOSUID | MS_NOEXEC,
-            data=b"newinstance,ptmxmode=0666,mode=0620,gid=5",
+            data=f"newinstance,ptmxmode=0666,mode=0620{tty_group}".encode(),
         ),
         Step(
             "mount",

@@ -139,7 +139,8 @@ class Supervisor:
         self._slots = self._open_slots()
         # a tmpfs is quicker, where it can be idmapped: from Linux 6.3 on
         fast = self._can_show(os.path.realpath(config.runtime_dir))
-        self._images = ImageStore(config.state_dir, config.runtime_dir if fast else None)
+        runtime_dir = config.runtime_dir if fast else None
+        self._images = ImageStore(config.state_dir, runtime_dir, chown=os.geteuid() == 0 and self._ids > 1)
         owned.callback(self._images.close)
         threads = min(SPAWNER_THREADS, config.max_parallel)
         launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)
@@ -162,7 +163,14 @@ class Supervisor:
         """Id ranges to lend, each with a user namespace to idmap with; without root every run has all ids there are."""
         config, owned = self.config, self._owned
         self._mapped = rootless.mapped_ids()
+        self._ids = RANGE if self._mapped is None else min(RANGE, self._mapped.count)
         if self._mapped is not None:
+            if self._overlay_by_spawner:
+                raise HostError(
+                    "kernel",
+                    f"Linux {os.uname().release}: without root, the root file system of a job needs Linux 6.6 (an "
+                    "overlay on a tmpfs with user.* attributes); run diyc as root, or use a later kernel",
+                )
             return SharedSlots(self._mapped.id_map(RANGE))
         self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
         owned.callback(os.close, self._userns)
@@ -213,7 +221,7 @@ class Supervisor:
         tree = replace(tree, path=os.path.realpath(tree.path))
         account = resolve_user(tree.path, spec.user)
         user = User(account.uid, account.gid, account.groups, account.home)
-        _check_mapped(spec, user, min(RANGE, self._mapped.count) if self._mapped else RANGE)
+        _check_mapped(spec, user, self._ids)
         if not self._can_show(tree.path):
             raise HostError("idmapped mounts", _no_idmap(tree.path, "the image"))
         binds = tuple(self._bind(mount) for mount in (*_image_mounts(tree), *spec.mounts) if mount.type == "bind")
@@ -226,6 +234,7 @@ class Supervisor:
             overlay_by_spawner=self._overlay_by_spawner,
             supervisor=os.getpid(),
             may_set_groups=self._mapped is None or rootless.may_set_groups(),
+            ids=self._ids,
         )
         return Prepared(spec, tree, box, os.path.realpath(spec.stdin) if spec.stdin else None)
 

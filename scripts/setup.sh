@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 VENV=.venv
 BUILD="gcc libc6-dev"
 DEMO="$BUILD busybox-static"
-TEST="$DEMO bubblewrap clang-format crun gcc-aarch64-linux-gnu libc6-dev-arm64-cross strace"
+TEST="$DEMO bubblewrap clang-format crun gcc-aarch64-linux-gnu libc6-dev-arm64-cross strace uidmap"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from diyc.host import tmpfs_keeps_user_attributes
+
 
 def controller(name: str) -> bool:
     """A cgroup controller: mounted as v1, or offered by a v2 tree."""
@@ -38,10 +40,11 @@ def program(name: str) -> bool:
 
 
 CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "hugetlb")
-PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "strace")
+PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "newuidmap", "strace")
 FEATURES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
     "overlay": (partial(filesystem, "overlay"), "needs the overlay filesystem"),
+    "overlay.rootless": (tmpfs_keeps_user_attributes, "needs Linux 6.6 (user.* attributes on a tmpfs)"),
     "user_namespaces": (user_namespaces, "needs user namespaces (sysctl user.max_user_namespaces)"),
     **{f"cgroup.{name}": (partial(controller, name), f"needs the cgroup controller {name}") for name in CONTROLLERS},
     "cgroup.io": (lambda: controller("io") or controller("blkio"), "needs the cgroup controller io (v1: blkio)"),

@@ -57,8 +57,10 @@ class ImageStore:
         host: str = "/",
         limits: UnpackLimits = DEFAULT_LIMITS,
         clock: Callable[[], float] = time.time,
+        chown: bool | None = None,
     ) -> None:
-        """Make the directories; `runtime_dir` (for the image `host`) is by default one in state_dir.
+        """Make the directories; `runtime_dir` (for the image `host`) is by default one in state_dir. `chown`: whether
+        unpacked files get the owners that the archive names, by default where we are root.
 
         Raises HostError for a directory that others could write to."""
         private_directory(state_dir, "state_dir")
@@ -67,6 +69,7 @@ class ImageStore:
         self._lock = os.path.join(self._images, "lock")
         self._host = HostImage(runtime_dir or os.path.join(state_dir, "run"), host)
         self._limits = limits
+        self._chown = chown
         self._clock = clock
 
     def ensure(self, spec: ImageSpec) -> RootTree:
@@ -125,7 +128,7 @@ class ImageStore:
         rootfs = os.path.join(scratch, "rootfs")
         os.mkdir(rootfs, 0o700)
         file.seek(0)
-        unpack(file, rootfs, limits=self._limits)
+        unpack(file, rootfs, limits=self._limits, chown=self._chown)
         if not os.listdir(rootfs):
             raise ImageError(f"image {spec.name!r}: {spec.source} has nothing in it")
         if _stamp(file) != stamp:

@@ -51,9 +51,9 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was unpacked since the start of the test."""
     calls: list[str] = []
 
-    def counted(source: io.BufferedReader, target: str, *, limits: UnpackLimits) -> ArchiveSummary:
+    def counted(source: io.BufferedReader, target: str, *, limits: UnpackLimits, chown: bool | None) -> ArchiveSummary:
         calls.append(source.name)
-        return unpack(source, target, limits=limits)
+        return unpack(source, target, limits=limits, chown=chown)
 
     monkeypatch.setattr("diyc.images.store.unpack", counted)
     return calls
@@ -219,10 +219,10 @@ def test_archive_that_changes_while_it_is_read_is_refused(
 ) -> None:
     spec = archive(tmp_path / "a.tar")
 
-    def touched(source: io.BufferedReader, target: str, *, limits: UnpackLimits) -> ArchiveSummary:
+    def touched(source: io.BufferedReader, target: str, *, limits: UnpackLimits, chown: bool | None) -> ArchiveSummary:
         with open(tmp_path / "a.tar", "ab") as file:
             file.write(b"more")
-        return unpack(source, target, limits=limits)
+        return unpack(source, target, limits=limits, chown=chown)
 
     monkeypatch.setattr("diyc.images.store.unpack", touched)
     with pytest.raises(ImageError, match="changed while"):
