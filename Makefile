@@ -22,9 +22,9 @@ help: ## this list
 	@echo
 	@echo "  Variables: PYTHON=/path/to/python3 (3.11 or later), TESTS=tests/unit/test_config.py, ARGS='more for pytest'"
 
-demo: build ## install what is needed, run examples/jobs.toml, check every verdict
+demo: build ## install what is needed, run examples/jobs.toml, check every verdict (as root, or as who you are)
 	@examples/prepare
-	$(AS_ROOT) $(BIN)/python examples/check-demo.py
+	$(BIN)/python examples/check-demo.py
 
 build: ## .venv with diyc and its C extension in it (installs gcc, python3-venv, busybox-static if missing)
 	@scripts/setup.sh demo

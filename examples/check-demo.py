@@ -101,6 +101,8 @@ def main() -> int:
         scraper.over.set()
         if status not in (0, 1):
             print(f"diyc-supervisor failed with exit status {status}", file=sys.stderr)
+            if os.geteuid() != 0:
+                print("without root not every host can do this (see above): try `sudo make demo`", file=sys.stderr)
             return status
         lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     results = [line for line in lines if line["type"] == "result"]

@@ -24,6 +24,8 @@ _V1_NAMES = {
 }
 _V2_NAMES = frozenset({"memory", "pids", "cpu", "cpuset", "io", "hugetlb"})
 
+_USER_MANAGER = re.compile(r"/user@\d+\.service$")
+
 # The child of the delegated root that the supervisor moves into, see delegation.py.
 LEAF = "diyc-supervisor"
 
@@ -168,11 +170,13 @@ def _below(mount_root: str, own: str) -> str | None:
 
 
 def _delegated(place: Place, is_marked: Callable[[str], bool]) -> Place:
-    """`place` with its delegated root: the nearest cgroup that systemd marked, from our own upwards, else our own."""
+    """`place` with its delegated root: the nearest cgroup that systemd marked, from our own upwards, else our own.
+
+    The mark of user@UID.service is for that user's systemd, which marks nothing further down (before version 254)."""
     own = place.own.removesuffix(f"/{LEAF}") or "/"  # an earlier prepare() moved this process there
     path = own
     while path != "/":
-        if is_marked(place.mount + path):
+        if is_marked(place.mount + path) and not _USER_MANAGER.search(path):
             return Place(2, place.mount, place.own, path, place.read_only, marked=True)
         path = os.path.dirname(path)
     return Place(2, place.mount, place.own, own, place.read_only, marked=is_marked(place.mount))

@@ -157,14 +157,20 @@ def test_a_missing_proc_is_a_host_error(tmp_path: Path) -> None:
 
 
 def test_the_delegated_root_is_the_nearest_marked_ancestor(host: Host) -> None:
-    host.v2(own="/user.slice/user-0.slice/user@0.service/app.slice/a.scope")
-    marked = ("/user@0.service", "/user.slice")
-    service = host.cgroup("/sys/fs/cgroup/user.slice/user-0.slice/user@0.service", cgroup__controllers="memory")
-    found = host.detect(lambda directory: directory.endswith(marked))
+    host.v2(own="/system.slice/diyc.service/jobs/a")
+    service = host.cgroup("/sys/fs/cgroup/system.slice/diyc.service", cgroup__controllers="memory")
+    found = host.detect(lambda directory: directory.endswith(("/diyc.service", "/system.slice")))
     assert found.unified is not None
     assert found.unified.directory == str(service)
     assert found.unified.marked
     assert set(found.controllers) == {"memory"}
+
+
+def test_the_mark_of_a_users_systemd_is_not_for_us(host: Host) -> None:
+    own = host.v2(own="/user.slice/user-1000.slice/user@1000.service/app.slice/a.scope")
+    place = host.detect(lambda directory: directory.endswith("/user@1000.service")).unified
+    assert place is not None
+    assert (place.directory, place.marked) == (str(own), False)
 
 
 def test_without_a_mark_the_delegated_root_is_the_own_cgroup(host: Host) -> None:
