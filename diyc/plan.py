@@ -195,8 +195,8 @@ class User:
 class Box:
     """What a plan needs to know beyond the job: its root, its mounts and how it enters its cgroups.
 
-    `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors. Before Linux 6.6 a tmpfs has
-    no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
+    `binds` are the image's own and the job's; `joins` counts the descriptors to join a cgroup by. Before Linux 6.6 a
+    tmpfs has no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
     `supervisor` is the pid that the child must find as its parent."""
 
     hostname: str
@@ -204,6 +204,7 @@ class Box:
     binds: tuple[Bind, ...] = ()
     joins: int = 0
     into_cgroup: bool = False
+    clone3: bool = True
     capabilities: int = 0
     overlay_by_spawner: bool = False
     supervisor: int = 0
@@ -238,9 +239,11 @@ class Plan:
             for step in self.steps
         ]
 
-    def clone_call(self, into_cgroup: bool) -> str:
-        """The clone3 call that makes the child."""
+    def clone_call(self, into_cgroup: bool, clone3: bool = True) -> str:
+        """The call that makes the child, without clone3 the older one."""
         names = [name for name, bit in CLONE_FLAGS.items() if self.clone_flags & bit]
+        if not clone3:
+            return f"clone({'|'.join(names)}|CLONE_VM|CLONE_VFORK) + pidfd_open()"
         extra = ["CLONE_INTO_CGROUP"] if into_cgroup else []
         return f"clone3({'|'.join(names + extra)}|CLONE_PIDFD|CLONE_VM|CLONE_VFORK)"
 
@@ -279,7 +282,7 @@ def _identity(box: Box) -> tuple[Step, ...]:
     joins = tuple(
         Step(
             "cgroup_join",
-            "the child enters a v1 cgroup itself: moved from outside it would wait for RCU",
+            "the child enters a cgroup itself: moved from outside it would wait for RCU",
             fd=f"tasks{i}",
         )
         for i in range(box.joins)

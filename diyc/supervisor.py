@@ -21,7 +21,7 @@ from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftov
 from diyc.config import SupervisorConfig, supervisor_from_mapping
 from diyc.errors import CgroupError, DiycError, HostError, ImageError
 from diyc.execution import Execution, Prepared, Services, Sink
-from diyc.host import load_overlay, read_host, tmpfs_keeps_user_attributes
+from diyc.host import is_initial_root, load_overlay, read_host, tmpfs_keeps_user_attributes
 from diyc.ids import new_id
 from diyc.images.directories import private_directory
 from diyc.images.store import ImageStore, RootTree
@@ -111,7 +111,7 @@ class Supervisor:
 
     async def __aenter__(self) -> Supervisor:
         load_overlay()
-        read_host().require()
+        read_host(calls=process.system_calls()).require()
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -134,10 +134,11 @@ class Supervisor:
         owned.callback(instance.close)
         self.leftovers = instance.recover(remove_leftovers)
         self.warnings += instance.unreadable
-        self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, instance.id)
+        self.cgroups: Cgroups = open_cgroups(detect(), config.cgroup_parent, instance.id, into=process.has_clone3())
         instance.record(cgroups=self.cgroups.instance_dirs, paths=())
         self.cgroups.prepare()
         owned.callback(self.cgroups.close)
+        self._limit_devices()
         self._userns = process.user_namespace(f"0 {config.id_range[0]} {RANGE}\n")
         owned.callback(os.close, self._userns)
         # a tmpfs is quicker, where it can be idmapped: from Linux 6.3 on
@@ -151,6 +152,17 @@ class Supervisor:
         threads = min(SPAWNER_THREADS, config.max_parallel)
         launcher = Launcher(self._loop, threads=threads, scratch=config.runtime_dir)
         return Services(self._loop, launcher, self.cgroups, self._slots, self._bury, log_dir)
+
+    def _limit_devices(self) -> None:
+        """Root of a user namespace cannot: there no device node can be made, and all mounts are nodev."""
+        if not is_initial_root():
+            return
+        try:
+            self.cgroups.limit_devices(process.limit_devices)
+        except HostError as error:
+            if self.config.enforce == "strict":
+                raise
+            self.warnings.append(f"not enforced: {error}")
 
     async def __aexit__(self, *_: object) -> None:
         """End what still runs, and give back everything that was made."""
@@ -196,7 +208,7 @@ class Supervisor:
             hostname="",
             user=user,
             binds=binds,
-            into_cgroup=self.cgroups.layout != "v1",
+            into_cgroup=self.cgroups.into,
             capabilities=capabilities.mask(spec.cap_add),
             overlay_by_spawner=self._overlay_by_spawner,
             supervisor=os.getpid(),

@@ -276,9 +276,10 @@ def doctor(as_json: bool) -> None:
     """Say what this host offers and lacks, and run one job to prove it. Exit status 3 if no job can run here."""
     from diyc.cgroups import detect, open_cgroups
     from diyc.host import load_overlay, read_host
+    from diyc.process import system_calls
 
     load_overlay()
-    facts = read_host()
+    facts = read_host(calls=system_calls())
     try:
         layout = detect()
         cgroups = [f"layout {layout.layout}", *open_cgroups(layout).describe()]
