@@ -140,6 +140,11 @@ def _system_calls(proc: Path, answers: Mapping[str, int]) -> Iterator[Feature]:
             yield Feature(name, False, detail, needed, _FILTERED)
 
 
+def require_threads(calls: Mapping[str, int], proc: Path = Path("/proc")) -> None:
+    """Raise HostError where a filter keeps the C library from starting threads: to be asked before the first."""
+    HostFacts(tuple(_system_calls(proc, {"clone3": calls["clone3"]}))).require()
+
+
 def _kernel(proc: Path) -> Feature:
     release = _read(proc / "sys/kernel/osrelease").strip()
     match = re.match(r"(\d+)\.(\d+)", release)

@@ -288,7 +288,7 @@ def _identity(box: Box) -> tuple[Step, ...]:
         for i in range(box.joins)
     )
     return (
-        Step("mark", "how long clone3 took", flags=MARK_CLONED),
+        Step("mark", "how long the clone took", flags=MARK_CLONED),
         *joins,
         Step(
             "open_file",

@@ -26,7 +26,7 @@ _ALWAYS = frozenset({"memory", "pids", "cpu", "io"})
 
 _MOST_RECIPES = 1024
 _DEVICES_ADVICE = (
-    "a container around diyc may forbid bpf(2): let it have CAP_BPF or CAP_SYS_ADMIN, "
+    "a container around diyc may forbid that (bpf(2) takes CAP_BPF or CAP_SYS_ADMIN): let it, "
     'or set supervisor.enforce = "best-effort" to run without'
 )
 
