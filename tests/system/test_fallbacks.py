@@ -95,6 +95,15 @@ def test_what_can_be_done_without_changes_no_verdict_and_no_figure(
     assert our_cgroups() == before
 
 
+def test_the_spawner_keeps_every_promise_with_clone_too(place: Place) -> None:
+    """The core's own tests of steps, failures and kills, where clone3 is hidden."""
+    tests = str(Path(__file__).parent.parent / "core/test_steps.py")
+    options = ("-q", "-p", "no:cacheprovider", "--basetemp", str(place.root / "nested"))
+    done = refusing(place, "clone3", "ENOSYS", sys.executable, "-m", "pytest", *options, tests)
+    assert done.status == 0, done.stdout
+    assert " passed" in done.stdout
+
+
 @pytest.mark.parametrize("error", REFUSALS)
 @pytest.mark.parametrize("name", NEEDED)
 def test_what_no_job_can_do_without_is_named(name: str, error: str, place: Place) -> None:
