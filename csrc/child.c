@@ -295,7 +295,7 @@ static long child_step(struct run *run, const struct step *step) {
     case STEP_OPEN_TREE:
         return child_store(run, step, sys_open_tree(AT_FDCWD, step->source, (unsigned)step->flags));
     case STEP_OPEN_FILE:
-        return child_store(run, step, child_open(step->source, O_RDONLY, 0, 0));
+        return child_store(run, step, child_open(step->source, step->flags, 0, 0));
     case STEP_FSMOUNT:
         return child_store(run, step, child_fsmount(step));
     case STEP_MOVE_MOUNT:
@@ -326,6 +326,9 @@ static long child_step(struct run *run, const struct step *step) {
         return child_capset(step);
     case STEP_NO_NEW_PRIVS:
         return sys_call2(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1);
+    case STEP_EXEC_LABEL:
+        ret = sys_write(fd, step->data, step->data_len);
+        return ret < 0 ? ret : 0;
     case STEP_SIGNALS:
         return child_signals();
     case STEP_EXEC:

@@ -95,8 +95,8 @@ def read_host(
                 "seccomp", proc / "sys/kernel/seccomp/actions_avail", "filters can be loaded", "CONFIG_SECCOMP_FILTER"
             ),
             _landlock(sys, answers),
-            _apparmor(sys),
-            _selinux(proc),
+            apparmor(sys),
+            selinux(proc),
             _swap(proc),
         )
     )
@@ -189,13 +189,14 @@ def _landlock(sys: Path, answers: Mapping[str, int]) -> Feature:
     return Feature("landlock", present, "active" if present else "not active", remedy="boot with lsm=...,landlock")
 
 
-def _apparmor(sys: Path) -> Feature:
+def apparmor(sys: Path = Path("/sys")) -> Feature:
+    """Whether AppArmor is on."""
     present = _read(sys / "module/apparmor/parameters/enabled").strip() == "Y" or "apparmor" in _active_modules(sys)
     return Feature("apparmor", present, "active" if present else "not active", remedy="boot with apparmor=1")
 
 
-def _selinux(proc: Path) -> Feature:
-    """The kernel has selinuxfs only where SELinux is on; before a policy is loaded our own label has no colons."""
+def selinux(proc: Path = Path("/proc")) -> Feature:
+    """Whether SELinux is on, with a policy: only then the kernel has selinuxfs, and our own label has colons."""
     if "selinuxfs" not in _read(proc / "filesystems").split():
         return Feature("selinux", False, "not active", remedy="boot with security=selinux selinux=1")
     label = _read(proc / "self/attr/current").rstrip("\0\n")

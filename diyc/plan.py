@@ -36,7 +36,8 @@ RLIMIT_CORE, RLIMIT_NOFILE = 4, 7
 SIGKILL = 9
 RLIM_INFINITY = 2**64 - 1
 SHM_SIZE = 64 * 1024**2
-SUPERVISOR_FD = 3
+SUPERVISOR_FD, LABEL_FD = 3, 4
+O_WRONLY = 1
 OOM_SCORE_ADJ = 500  # the kernel takes jobs first
 
 # Positions in the marks that the child takes; the differences are a result's steps_s.
@@ -69,7 +70,7 @@ STEP_DOCS: dict[str, StepDoc] = {
     "write_file": StepDoc("openat2({target}, O_CREAT|O_EXCL|O_NOFOLLOW) + write({data})", "openat2(2)"),
     "symlink": StepDoc("symlinkat({source}, {target})", "symlink(2)"),
     "mount": StepDoc("mount({source}, {target}, {type}, {flags}, {data})", "mount(2)"),
-    "open_file": StepDoc("{out} = openat2({source}, O_RDONLY)", "openat2(2)"),
+    "open_file": StepDoc("{out} = openat2({source}, {flags})", "openat2(2)"),
     "open_tree": StepDoc("{out} = open_tree({source}, OPEN_TREE_CLONE)", "open_tree(2)"),
     "fsmount": StepDoc("{out} = fsmount(fsopen({type}), {flags}) {data}", "fsopen(2), fsmount(2)"),
     "move_mount": StepDoc("move_mount({fd}, {target})", "move_mount(2)"),
@@ -86,6 +87,7 @@ STEP_DOCS: dict[str, StepDoc] = {
     "clear_ambient": StepDoc("prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)", "capabilities(7)"),
     "capset": StepDoc("capset(permitted = effective = {flags}, inheritable = 0)", "capset(2)"),
     "no_new_privs": StepDoc("prctl(PR_SET_NO_NEW_PRIVS, 1)", "PR_SET_NO_NEW_PRIVS(2const)"),
+    "exec_label": StepDoc("write({fd}, {data})", "proc_pid_attr(5)"),
     "signals": StepDoc("rt_sigaction(every signal, SIG_DFL) + rt_sigprocmask(none blocked)", "signal(7)"),
     "exec": StepDoc("execve(command)", "execve(2)"),
 }
@@ -110,7 +112,11 @@ _FLAG_NAMES = {
     "mount_setattr": _ATTR_FLAGS,
     "unshare": {CLONE_NEWCGROUP: "CLONE_NEWCGROUP"},
     "pdeathsig": {SIGKILL: "SIGKILL"},
+    "open_file": {O_WRONLY: "O_WRONLY"},
 }
+
+
+_NO_FLAG = {"open_file": "O_RDONLY"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +155,7 @@ class Step:
         names = _FLAG_NAMES.get(self.kind)
         if names is None:
             return str(self.flags)
-        return "|".join(name for bit, name in names.items() if self.flags & bit) or "0"
+        return "|".join(name for bit, name in names.items() if self.flags & bit) or _NO_FLAG.get(self.kind, "0")
 
     def _data(self) -> str:
         if self.data is None:
@@ -254,6 +260,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
     steps = (
         *before,
         *_identity(box),
+        *_label_file(spec),
         *(_root_from_spawner() if box.overlay_by_spawner else _root(spec)),
         *_kernel_filesystems(spec),
         *_etc(box),
@@ -261,7 +268,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         *_proc(),
         *_read_only(spec),
         *_names(spec, box),
-        *_descriptors(),
+        *_descriptors(spec),
         *_confinement(spec, box),
     )
     given = (
@@ -269,6 +276,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         "stdout",
         "stderr",
         "supervisor_kept",
+        *(("label_kept",) if _label(spec) else ()),
         *(f"tasks{i}" for i in range(box.joins)),
         "layer",
         *(f"bind{i}" for i in range(len(box.binds))),
@@ -329,6 +337,27 @@ def _identity(box: Box) -> tuple[Step, ...]:
     )
 
 
+def _label(spec: JobSpec) -> tuple[str, bytes] | None:
+    """What tells the security module the label of the next execve: its file in /proc/PID/attr, and what to write."""
+    if spec.apparmor:
+        return "apparmor/exec", b"exec " + spec.apparmor.encode()  # Linux 5.8; the file of older ones is the next
+    return ("exec", spec.selinux.encode()) if spec.selinux else None
+
+
+def _label_file(spec: JobSpec) -> tuple[Step, ...]:
+    label = _label(spec)
+    if label is None:
+        return ()
+    why = "written last of all; a task may label only itself, and the container's own /proc is not needed so"
+    return (Step("open_file", why, out="label", flags=O_WRONLY, source=f"/proc/thread-self/attr/{label[0]}"),)
+
+
+def _labelled(spec: JobSpec, options: str) -> bytes:
+    """Mount options with the job's label for files. It may have commas, hence the quotes (mount(8), context=)."""
+    more = f',context="{spec.selinux_mount}"' if spec.selinux_mount else ""
+    return f"{options}{more}".encode()
+
+
 _PRIVATE = Step("mount", "no mount made here shows on the host", target="/", flags=MS_REC | MS_PRIVATE)
 
 
@@ -347,7 +376,7 @@ def _overlay(spec: JobSpec, options: str, *, by_spawner: bool = False) -> tuple[
             target="/scratch",
             type="tmpfs",
             flags=MS_NOSUID | MS_NODEV,
-            data=size.encode(),
+            data=_labelled(spec, size),
         ),
         *(
             Step("mkdir", why, target=f"/scratch/{name}", flags=0o755)
@@ -367,7 +396,7 @@ def _overlay(spec: JobSpec, options: str, *, by_spawner: bool = False) -> tuple[
             target="/scratch/root",
             type="overlay",
             flags=MS_NOSUID | MS_NODEV,
-            data=f"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work{options}".encode(),
+            data=_labelled(spec, f"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work{options}"),
         ),
     )
 
@@ -429,7 +458,7 @@ def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
             target="/dev/pts",
             type="devpts",
             flags=MS_NOSUID | MS_NOEXEC,
-            data=b"newinstance,ptmxmode=0666,mode=0620,gid=5",
+            data=_labelled(spec, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
         ),
         Step(
             "mount",
@@ -438,7 +467,7 @@ def _kernel_filesystems(spec: JobSpec) -> tuple[Step, ...]:
             target="/dev/shm",
             type="tmpfs",
             flags=MS_NOSUID | MS_NODEV | MS_NOEXEC,
-            data=f"mode=1777,size={shm}".encode(),
+            data=_labelled(spec, f"mode=1777,size={shm}"),
         ),
     )
 
@@ -460,7 +489,7 @@ def _etc(box: Box) -> tuple[Step, ...]:
 def _mounts(spec: JobSpec, box: Box) -> tuple[Step, ...]:
     """Parents before what is mounted inside them."""
     made = [(bind.target, _bind(i, bind)) for i, bind in enumerate(box.binds)]
-    made += [(m.target, _tmpfs_at(m)) for m in spec.mounts if m.type == "tmpfs"]
+    made += [(m.target, _tmpfs_at(spec, m)) for m in spec.mounts if m.type == "tmpfs"]
     made.sort(key=lambda one: one[0].rstrip("/").count("/"))
     return tuple(step for _, steps in made for step in steps)
 
@@ -471,8 +500,8 @@ def _bind(i: int, bind: Bind) -> list[Step]:
     return [*_mount_point(bind.target, directory=bind.directory), move]
 
 
-def _tmpfs_at(mount: Mount) -> list[Step]:
-    return [*_mount_point(mount.target, directory=True), _tmpfs(mount.target, mount.size, mount.read_only)]
+def _tmpfs_at(spec: JobSpec, mount: Mount) -> list[Step]:
+    return [*_mount_point(mount.target, directory=True), _tmpfs(spec, mount)]
 
 
 def _proc() -> tuple[Step, ...]:
@@ -487,15 +516,15 @@ def _read_only(spec: JobSpec) -> tuple[Step, ...]:
     return () if spec.writable else (Step("mount_setattr", "writable = false", target="/", flags=ATTR_RDONLY),)
 
 
-def _tmpfs(target: str, size: int | None, read_only: bool) -> Step:
+def _tmpfs(spec: JobSpec, mount: Mount) -> Step:
     return Step(
         "mount",
         "memory of the job, gone with it",
         source="tmpfs",
-        target=target,
+        target=mount.target,
         type="tmpfs",
-        flags=MS_NOSUID | MS_NODEV | (MS_RDONLY if read_only else 0),
-        data=f"mode=1777,size={size or 0}".encode(),
+        flags=MS_NOSUID | MS_NODEV | (MS_RDONLY if mount.read_only else 0),
+        data=_labelled(spec, f"mode=1777,size={mount.size or 0}"),
     )
 
 
@@ -519,7 +548,9 @@ def _names(spec: JobSpec, box: Box) -> tuple[Step, ...]:
     return (*steps, Step("mark", "how long the root and the mounts took", flags=MARK_MOUNTED))
 
 
-def _descriptors() -> tuple[Step, ...]:
+def _descriptors(spec: JobSpec) -> tuple[Step, ...]:
+    kept = Step("dup", "closed by execve too", fd="label", flags=LABEL_FD, data=b"cloexec")
+    label = (kept,) if _label(spec) else ()
     return (
         Step("dup", "standard input", fd="stdin", flags=0),
         Step("dup", "standard output", fd="stdout", flags=1),
@@ -531,7 +562,8 @@ def _descriptors() -> tuple[Step, ...]:
             flags=SUPERVISOR_FD,
             data=b"cloexec",
         ),
-        Step("close_from", "no descriptor of the supervisor reaches the job", flags=SUPERVISOR_FD + 1),
+        *label,
+        Step("close_from", "no descriptor of the supervisor reaches the job", flags=SUPERVISOR_FD + 1 + len(label)),
     )
 
 
@@ -567,7 +599,17 @@ def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
             flags=SIGKILL,
             data=f"{box.supervisor} ".encode(),
         ),
+        *_exec_label(spec),
         Step("signals", "what the supervisor ignores or blocks is not inherited"),
         Step("mark", "how long confinement took", flags=MARK_EXEC),
         Step("exec", "the command: the first of its candidates on PATH that can be run"),
     )
+
+
+def _exec_label(spec: JobSpec) -> tuple[Step, ...]:
+    """Late: nothing of the set-up needs to be allowed by the job's profile, and any task may confine itself further."""
+    label = _label(spec)
+    if label is None:
+        return ()
+    why = f"security.{'apparmor' if spec.apparmor else 'selinux'}: execve changes to it, or fails"
+    return (Step("exec_label", why, fd="label_kept", data=label[1]),)

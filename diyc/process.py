@@ -20,6 +20,7 @@ from diyc.plan import (
     ATTR_NODEV,
     ATTR_NOSUID,
     ATTR_RDONLY,
+    LABEL_FD,
     MARK_CLONED,
     MARK_EXEC,
     MARK_JOINED,
@@ -90,7 +91,7 @@ class Launcher:
 
         The descriptors must stay open until then. Raises ValueError for strings with NUL."""
         self._token += 1
-        given = {**launch.descriptors, "supervisor_kept": SUPERVISOR_FD}
+        given = {**launch.descriptors, "supervisor_kept": SUPERVISOR_FD, "label_kept": LABEL_FD}
         self._spawner.submit(
             self._compile(launch.plan),
             self._token,

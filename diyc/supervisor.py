@@ -32,6 +32,7 @@ from diyc.metrics import LiveContainer
 from diyc.plan import Bind, Box, User
 from diyc.process import Launcher
 from diyc.results import Result
+from diyc.security import check_labels
 from diyc.slots import RANGE, RangeLocks, Slots
 
 STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
@@ -188,6 +189,7 @@ class Supervisor:
         prepared = self._prepared.get(spec)
         if prepared is None:
             self._check_limits(spec)
+            self.warnings += check_labels(spec)
             try:
                 tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
                 prepared = self._prepared[spec] = self._join(spec, tree)

@@ -73,6 +73,7 @@ class RunCommand(click.Command):
 @click.option("-v", "--volume", multiple=True, metavar="SOURCE:TARGET[:ro]", help="Bind mount; may be repeated.")
 @click.option("--tmpfs", multiple=True, metavar="TARGET[:SIZE]", help="Memory file system; may be repeated.")
 @click.option("--cap-add", multiple=True, metavar="CAP", help="Capability inside its user namespace.")
+@click.option("--security-opt", multiple=True, metavar="KEY=VALUE", help="apparmor=PROFILE or selinux=LABEL.")
 @click.option("--read-only", is_flag=True, help="The root cannot be written to.")
 @click.option("--state-dir", metavar="DIR", help="Where images are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result object instead of the output.")
@@ -115,7 +116,7 @@ def _spec(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> JobSpe
         "limits": limits,
         "writable": not flags["read_only"],
         "mounts": [*map(_volume, flags["volume"]), *map(_tmpfs, flags["tmpfs"])],
-        "security": {"cap_add": list(flags["cap_add"])},
+        "security": {"cap_add": list(flags["cap_add"]), **dict(map(_security_opt, flags["security_opt"]))},
     }
     job |= {key: flags[key] for key in ("timeout", "workdir", "user", "hostname") if flags[key] is not None}
     if flags["network"]:
@@ -130,6 +131,15 @@ def _pair(text: str, separator: str, form: str) -> tuple[str, str]:
     if not found or not name:
         raise ConfigError([Problem("command line", None, form.split()[0], f"{text!r} is not {form.split()[1]}")])
     return name, escape(value)
+
+
+def _security_opt(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    known = ("apparmor", "selinux", "selinux_mount")
+    if key not in known:
+        problem = f"{key!r} is not one of {', '.join(known)}"
+        raise ConfigError([Problem("command line", None, "--security-opt", problem)])
+    return key, value
 
 
 def _volume(text: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ FAILING: dict[str, tuple[Step, int]] = {
     "dup": (Step("dup", fd="closed", flags=5), errno.EBADF),
     "chdir": (Step("chdir", target="/nowhere"), errno.ENOENT),
     "rlimit": (Step("rlimit", flags=99, data=rlimit(1)), errno.EINVAL),
+    "exec_label": (Step("exec_label", fd="null", data=b"exec profile"), errno.EBADF),
     "exec": (EXEC, errno.ENOENT),
 }
 NEEDS_MORE = {"await_parent", "setsid", "bounding_set", "capset"}  # tests of their own below
