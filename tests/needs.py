@@ -43,7 +43,7 @@ def unified() -> bool:
 
 
 CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "hugetlb")
-PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "strace", "unshare")
+PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "secilc", "strace", "unshare")
 FEATURES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
     "overlay": (partial(filesystem, "overlay"), "needs the overlay filesystem"),
