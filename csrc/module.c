@@ -268,6 +268,34 @@ static PyObject *core_tree(PyObject *module, PyObject *args, PyObject *kwargs) {
     return ret;
 }
 
+static PyObject *core_limit_devices(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *program;
+    int cgroup;
+    if (!PyArg_ParseTuple(args, "Si:limit_devices", &program, &cgroup))
+        return NULL;
+    const char *what = NULL;
+    const int error = device_program_attach(PyBytes_AsString(program), (size_t)PyBytes_Size(program), cgroup, &what);
+    return error < 0 ? raise_errno(error, what, NULL) : Py_NewRef(Py_None);
+}
+
+static PyObject *core_system_calls(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    PyObject *answers = PyDict_New();
+    const char *name;
+    for (size_t i = 0; answers; i++) {
+        const long ret = system_call_probe(i, &name);
+        if (!name)
+            break;
+        PyObject *answer = PyLong_FromLong(ret);
+        if (!answer || PyDict_SetItemString(answers, name, answer) < 0)
+            Py_CLEAR(answers);
+        Py_XDECREF(answer);
+    }
+    return answers;
+}
+
 static PyMethodDef core_methods[] = {
     {"user_namespace", core_user_namespace, METH_O,
      "user_namespace(id_map) -> descriptor of a new user namespace with that map for users and groups."},
@@ -275,6 +303,10 @@ static PyMethodDef core_methods[] = {
      "tree(path, attributes=0, userns=-1, recursive=False, follow=False) -> descriptor of a detached clone of the "
      "mount\n"
      "at path; without follow, a symlink in the path is an error."},
+    {"limit_devices", core_limit_devices, METH_VARARGS,
+     "limit_devices(program, cgroup): bind BPF instructions for devices to a cgroup v2 directory."},
+    {"system_calls", core_system_calls, METH_NOARGS,
+     "system_calls() -> what each system call that diyc makes and that may be missing answers: {name: -errno}."},
     {NULL, NULL, 0, NULL},
 };
 

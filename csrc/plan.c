@@ -115,6 +115,7 @@ static int step_needs(uint32_t kind, int has_fd, int has_out, int has_source, in
         [STEP_DUP] = {.fd = 1},
         [STEP_CHDIR] = {.target = 1},
         [STEP_RLIMIT] = {.data = 1},
+        [STEP_EXEC_LABEL] = {.fd = 1, .data = 1},
     };
     const char *missing = NULL;
     if (needs[kind].fd && !has_fd)

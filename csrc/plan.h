@@ -30,7 +30,7 @@
     X(SYMLINK, "symlink")             /* source: what the link says, target: where it lies */                          \
     X(MOUNT, "mount")                 /* source, target, type, flags, data as in mount(2) */                           \
     X(OPEN_TREE, "open_tree")         /* source: path to clone, flags; out: register of the new mount */               \
-    X(OPEN_FILE, "open_file")         /* source: path to read; out: register */                                        \
+    X(OPEN_FILE, "open_file")         /* source: path, flags: O_RDONLY or O_WRONLY; out: register */                   \
     X(FSMOUNT, "fsmount")             /* type, data: "key=value" strings, flags: MOUNT_ATTR_...; out: register */      \
     X(MOVE_MOUNT, "move_mount")       /* fd: a detached mount, target, flags: RESOLVE_... of openat2(2) */             \
     X(MOUNT_SETATTR, "mount_setattr") /* target, flags: MOUNT_ATTR_... to set */                                       \
@@ -46,8 +46,9 @@
     X(CLEAR_AMBIENT, "clear_ambient")                                                                                  \
     X(CAPSET, "capset") /* flags: mask for permitted and effective; inheritable is empty */                            \
     X(NO_NEW_PRIVS, "no_new_privs")                                                                                    \
-    X(SIGNALS, "signals") /* default action for every signal, none blocked */                                          \
-    X(EXEC, "exec")       /* the run's paths in turn, its argv and envp */
+    X(EXEC_LABEL, "exec_label") /* fd: a file in /proc/self/attr, data: what execve shall change to */                 \
+    X(SIGNALS, "signals")       /* default action for every signal, none blocked */                                    \
+    X(EXEC, "exec")             /* the run's paths in turn, its argv and envp */
 
 enum step_kind {
 #define X(name, text) STEP_##name,

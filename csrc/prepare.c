@@ -49,8 +49,7 @@ static int process_user_namespace(int pid, const char *id_map, const char **what
  * forked without CLONE_VM and makes no libc call, so the locks of other threads do not matter. */
 int user_namespace_new(const char *id_map, const char **what) {
     *what = "clone a user namespace";
-    struct sys_clone_args args = {.flags = CLONE_NEWUSER, .exit_signal = SIGCHLD};
-    long pid = sys_call2(__NR_clone3, SYS_P(&args), sizeof(args));
+    long pid = sys_call2(__NR_clone, CLONE_NEWUSER | SIGCHLD, 0);
     if (pid < 0)
         return (int)pid;
     if (pid == 0) {

@@ -59,6 +59,7 @@ struct spawner {
     struct run_queue queue;
     struct run_queue done;
     int eventfd;
+    int has_clone3;
     volatile uint32_t requests; /* futex of the helper */
     volatile int closing;
     volatile int helper_closing; /* later than the others: their children may still wait for the helper */
@@ -251,11 +252,13 @@ static void set_current(struct spawner_thread *thread, struct run *run) {
     pthread_mutex_unlock(&thread->lock);
 }
 
+/* By its pid: until it is reaped, which nobody else does, that is the child's. */
 static void reap(struct run *run) {
     siginfo_t info;
-    while (waitid(P_PIDFD, (id_t)run->pidfd, &info, WEXITED | __WALL) < 0 && errno == EINTR)
+    while (waitid(P_PID, (id_t)run->pid, &info, WEXITED | __WALL) < 0 && errno == EINTR)
         continue;
-    close(run->pidfd);
+    if (run->pidfd >= 0)
+        close(run->pidfd);
 }
 
 /* What the spawner's own steps mounted: the child has its copy, or is dead. */
@@ -270,7 +273,7 @@ static void run_fail(struct run *run, int error) {
     run->pidfd = -1;
 }
 
-static void run_clone(struct spawner_thread *thread, struct run *run) {
+static long clone_with_clone3(struct spawner_thread *thread, struct run *run) {
     struct sys_clone_args args = {
         .flags = run->plan->clone_flags | CLONE_VM | CLONE_VFORK | CLONE_PIDFD | CLONE_PARENT_SETTID |
                  CLONE_CLEAR_SIGHAND | (run->cgroup_fd >= 0 ? CLONE_INTO_CGROUP : 0),
@@ -281,8 +284,32 @@ static void run_clone(struct spawner_thread *thread, struct run *run) {
         .stack_size = STACK_SIZE,
         .cgroup = run->cgroup_fd >= 0 ? (uint64_t)run->cgroup_fd : 0,
     };
+    return sys_clone3(&args, child_main, run);
+}
+
+/* Where clone3 is hidden. The older call has no CLONE_INTO_CGROUP: there the child joins its v2 cgroup itself. Nor
+ * CLONE_CLEAR_SIGHAND: until the signals step the child blocks all, as this thread does. And its CLONE_PIDFD takes the
+ * place of CLONE_PARENT_SETTID, which the helper needs: the pidfd is opened later, while the pid is surely the child's
+ * because only this thread reaps it. */
+static long clone_without_clone3(struct spawner_thread *thread, struct run *run) {
+    if (run->cgroup_fd >= 0)
+        return -ENOSYS;
+    const unsigned long flags = run->plan->clone_flags | CLONE_VM | CLONE_VFORK | CLONE_PARENT_SETTID | SIGCHLD;
+    long pid = sys_clone(flags, thread->stack + STACK_SIZE, &run->pid, child_main, run);
+    if (pid > 0)
+        run->pidfd = (int)sys_call2(__NR_pidfd_open, pid, 0);
+    if (pid < 0 || run->pidfd >= 0)
+        return pid;
+    kill((pid_t)pid, SIGKILL);
+    const int error = run->pidfd;
+    run->pidfd = -1;
+    reap(run);
+    return error;
+}
+
+static void run_clone(struct spawner_thread *thread, struct run *run) {
     set_current(thread, run);
-    long pid = sys_clone3_call(&args, child_main, run);
+    long pid = thread->spawner->has_clone3 ? clone_with_clone3(thread, run) : clone_without_clone3(thread, run);
     run->started_ns = now_ns();
     set_current(thread, NULL);
     if (pid < 0) {
@@ -385,6 +412,7 @@ int spawner_new(struct spawner **out, unsigned threads, const char *scratch, con
     pthread_cond_init(&spawner->wake, NULL);
     pthread_cond_init(&spawner->ready, NULL);
     snprintf(spawner->scratch, sizeof(spawner->scratch), "%s", scratch);
+    spawner->has_clone3 = clone3_present();
     spawner->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int error = spawner->eventfd < 0 ? -errno : 0;
     *what = "eventfd";
@@ -438,8 +466,8 @@ int spawner_kill(struct spawner *spawner, uint64_t token) {
         struct spawner_thread *thread = &spawner->threads[i];
         pthread_mutex_lock(&thread->lock);
         struct run *run = thread->current;
-        if (run && run->token == token && run->pidfd >= 0)
-            killed = syscall(__NR_pidfd_send_signal, run->pidfd, SIGKILL, NULL, 0) == 0;
+        if (run && run->token == token && run->pid > 0)
+            killed = kill(run->pid, SIGKILL) == 0; /* no other process's pid: it is reaped after `current` is reset */
         pthread_mutex_unlock(&thread->lock);
     }
     return killed;

@@ -36,4 +36,14 @@ int user_namespace_new(const char *id_map, const char **what);
  * -errno. */
 int tree_clone(const char *path, uint64_t attributes, int userns, int recursive, int follow, const char **what);
 
+/* Bind a BPF program of type BPF_PROG_TYPE_CGROUP_DEVICE to the cgroup v2 directory; 0 or -errno. */
+int device_program_attach(const void *instructions, size_t size, int cgroup, const char **what);
+
+/* What system call number `index` of a table answers to arguments that it must refuse: -errno, or a version for
+ * landlock_create_ruleset. *name is its name, NULL past the table's end. */
+long system_call_probe(size_t index, const char **name);
+
+/* Whether clone3(2) can be made; systemd's RestrictNamespaces= and older container engines hide it. */
+int clone3_present(void);
+
 #endif

@@ -42,9 +42,9 @@ static inline long sys_call(long n, long a, long b, long c, long d, long e) {
     return ret;
 }
 
-/* clone3 returns twice, the second time on an empty stack: the child must not return from here
+/* clone and clone3 return twice, the second time on an empty stack: the child must not return from here
  * but call fn(arg), which glibc's wrappers cannot do for clone3. */
-static inline long sys_clone3_call(struct sys_clone_args *args, void (*fn)(void *), void *arg) {
+static inline long sys_clone_call(long n, long a, long b, long c, void (*fn)(void *), void *arg) {
     long ret;
     register void *r8 __asm__("r8") = (void *)fn;
     register void *r9 __asm__("r9") = arg;
@@ -57,7 +57,7 @@ static inline long sys_clone3_call(struct sys_clone_args *args, void (*fn)(void 
                      "hlt\n"
                      "1:"
                      : "=a"(ret)
-                     : "a"(__NR_clone3), "D"(args), "S"(sizeof(*args)), "r"(r8), "r"(r9)
+                     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r8), "r"(r9)
                      : "rcx", "r11", "memory");
     return ret;
 }
@@ -75,21 +75,22 @@ static inline long sys_call(long n, long a, long b, long c, long d, long e) {
     return x0;
 }
 
-static inline long sys_clone3_call(struct sys_clone_args *args, void (*fn)(void *), void *arg) {
-    register long x8 __asm__("x8") = __NR_clone3;
-    register long x0 __asm__("x0") = (long)args;
-    register long x1 __asm__("x1") = sizeof(*args);
-    register void *x2 __asm__("x2") = (void *)fn;
-    register void *x3 __asm__("x3") = arg;
+static inline long sys_clone_call(long n, long a, long b, long c, void (*fn)(void *), void *arg) {
+    register long x8 __asm__("x8") = n;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register void *x5 __asm__("x5") = (void *)fn;
+    register void *x6 __asm__("x6") = arg;
     __asm__ volatile("svc 0\n\t"
                      "cbnz x0, 1f\n\t"
                      "mov x29, xzr\n\t"
-                     "mov x0, x3\n\t"
-                     "blr x2\n\t"
+                     "mov x0, x6\n\t"
+                     "blr x5\n\t"
                      "brk 0\n"
                      "1:"
                      : "+r"(x0)
-                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3)
+                     : "r"(x8), "r"(x1), "r"(x2), "r"(x5), "r"(x6)
                      : "memory", "cc", "x30");
     return x0;
 }
@@ -116,6 +117,15 @@ static inline long sys_call4(long n, long a, long b, long c, long d) {
     return sys_call(n, a, b, c, d, 0);
 }
 
+/* Runs fn(arg) on the stack that `args` names. */
+static inline long sys_clone3(struct sys_clone_args *args, void (*fn)(void *), void *arg) {
+    return sys_clone_call(__NR_clone3, SYS_P(args), sizeof(*args), 0, fn, arg);
+}
+/* The same with the older call, whose flags have 32 bits and whose stack is named by its upper end. Its fourth and
+ * fifth argument are left as they are: no flag of ours makes the kernel look at them. */
+static inline long sys_clone(unsigned long flags, void *stack_end, int *pid, void (*fn)(void *), void *arg) {
+    return sys_clone_call(__NR_clone, (long)flags, SYS_P(stack_end), SYS_P(pid), fn, arg);
+}
 static inline long sys_close(int fd) {
     return sys_call1(__NR_close, fd);
 }

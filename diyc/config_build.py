@@ -149,6 +149,7 @@ def _spec(name: str, job: dict[str, Any], images: dict[str, ImageSpec], env_file
         network=job.get("network", {}).get("mode", "none"),
         mounts=tuple(_mount(mount) for mount in job.get("mounts", ())),
         cap_add=_capabilities(job.get("security", {})),
+        **_labels(job.get("security", {})),
         **{key: job[key] for key in _DIRECT if key in job},
     )
 
@@ -174,3 +175,8 @@ def _capabilities(security: dict[str, Any]) -> tuple[str, ...]:
     """What the job keeps: cap_add, less what cap_drop names. "ALL" there, the default, means to start from none."""
     dropped = frozenset(security.get("cap_drop", ()))
     return tuple(sorted(frozenset(security.get("cap_add", ())) - dropped))
+
+
+def _labels(security: dict[str, Any]) -> dict[str, Any]:
+    """The labels of security modules; an empty one is none, and lifts that of [defaults]."""
+    return {key: security.get(key) or None for key in ("apparmor", "selinux", "selinux_mount")}

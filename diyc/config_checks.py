@@ -38,6 +38,8 @@ _NAME = re.compile(NAME_PATTERN)
 _USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?")
 _USER_IDS = re.compile(r"([0-9]{1,10})(?::([0-9]{1,10}))?")
 _SIGNALS = {name.removeprefix("SIG"): int(number) for name, number in signal.Signals.__members__.items()}
+_LONGEST_LABEL = 1024
+_SELINUX_LABEL = re.compile(r"[A-Za-z0-9_.-]+(:[A-Za-z0-9_.-]+){2}(:[A-Za-z0-9_.:,-]+)?")
 LAST_ID = 65535  # a run maps 0..65535 and no more
 MOST_PIDS = 2**22  # PID_MAX_LIMIT
 _LAST_HOST_ID = 2**32 - 2  # the one above means "no id"
@@ -286,6 +288,20 @@ def parse_added_capability(value: object) -> str:
 
 def parse_dropped_capability(value: object) -> str:
     return "ALL" if isinstance(value, str) and value.upper() == "ALL" else parse_capability(value)
+
+
+def check_apparmor(name: str) -> str:
+    """A profile's name, as aa-status shows it; empty for none."""
+    if name != name.strip() or len(name) > _LONGEST_LABEL or not name.isprintable():
+        raise ValueError("is not the name of an AppArmor profile (aa-status lists those that are loaded)")
+    return name
+
+
+def check_selinux(label: str) -> str:
+    """A label, which is also put between quotes into mount options; empty for none."""
+    if label and (len(label) > _LONGEST_LABEL or not _SELINUX_LABEL.fullmatch(label)):
+        raise ValueError('is not an SELinux label (try "system_u:system_r:container_t:s0")')
+    return label
 
 
 def parse_time_offset(value: Any) -> float:

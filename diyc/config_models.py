@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diyc.config_values import (
     NO_NUL,
     AddedCapability,
+    AppArmorProfile,
     CgroupParent,
     ContainerPath,
     Cpus,
@@ -41,6 +42,7 @@ from diyc.config_values import (
     PositiveDurationOrNone,
     PositiveSize,
     PositiveSizeOrNone,
+    SELinuxLabel,
     Sha256,
     Size,
     SizeOrNone,
@@ -153,8 +155,9 @@ class SecurityTable(Table):
     cap_drop: list[DroppedCapability] = key('Capabilities taken from cap_add again; "ALL" (the default) takes none.')
     seccomp: NonEmpty = key("System call filter: a profile's name or path.")
     landlock: NonEmpty = key("Landlock rules.")
-    apparmor: Text = key("AppArmor profile.")
-    selinux: Text = key("SELinux label.")
+    apparmor: AppArmorProfile = key("The AppArmor profile that the job runs in.")
+    selinux: SELinuxLabel = key("The SELinux label that the job runs with.")
+    selinux_mount: SELinuxLabel = key("The SELinux label of what the job writes.")
     devices: list[NonEmpty] = key("Devices beyond the usual ones.")
     masked_paths: PathList = key("Paths hidden from the job.")
     read_only_paths: PathList = key("Paths the job may only read.")
@@ -249,8 +252,6 @@ BUILT: dict[str, tuple[object, ...]] = {
     "jobs.*.security.no_new_privs": (True,),
     "jobs.*.security.seccomp": ("none",),
     "jobs.*.security.landlock": ("none",),
-    "jobs.*.security.apparmor": ("",),
-    "jobs.*.security.selinux": ("",),
     "jobs.*.security.devices": ([],),
     "jobs.*.security.masked_paths": ([], "none"),
     "jobs.*.security.read_only_paths": ([], "none"),

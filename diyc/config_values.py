@@ -15,6 +15,7 @@ from diyc.config_checks import (
     MOST_PIDS,
     NAME_PATTERN,
     check_absolute,
+    check_apparmor,
     check_cgroup_parent,
     check_cpuset,
     check_device,
@@ -27,6 +28,7 @@ from diyc.config_checks import (
     check_mount_target,
     check_name,
     check_not_empty,
+    check_selinux,
     check_sha256,
     check_template,
     duration_from,
@@ -129,6 +131,8 @@ AddedCapability = Annotated[
     PlainValidator(parse_added_capability),
     WithJsonSchema({"type": "string", "examples": sorted(ALLOWED_CAPABILITIES)}),
 ]
+AppArmorProfile = Annotated[Text, AfterValidator(check_apparmor)]
+SELinuxLabel = Annotated[Text, AfterValidator(check_selinux)]
 DroppedCapability = Annotated[
     str,
     PlainValidator(parse_dropped_capability),

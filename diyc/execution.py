@@ -253,7 +253,7 @@ class Execution:
         if error.step == "chdir":
             advice = "the image has no such directory: workdir must be there"
         elif error.step != "exec":
-            return error
+            return error if error.step != "exec_label" else self._label_in_words(error)
         else:
             error.target = command = self.run.expand(self.run.spec.argv[0])
             path = environment(self.run, "", "")["PATH"]
@@ -263,7 +263,17 @@ class Execution:
                 errno.EACCES: "it may not be executed: chmod +x",
                 errno.ENOEXEC: "it is neither a program nor begins with #!",
             }.get(error.errno, "")
+            if error.errno in (errno.EACCES, errno.EPERM) and (self.run.spec.apparmor or self.run.spec.selinux):
+                return self._label_in_words(error)
         return SetupError(error.step, error.index, error.errno, error.target, advice)
+
+    def _label_in_words(self, error: SetupError) -> SetupError:
+        spec = self.run.spec
+        module = "AppArmor" if spec.apparmor else "SELinux"
+        advice = f"{module} does not let this command be run as {spec.apparmor or spec.selinux}"
+        if spec.selinux:  # Linux 4.14 has the two permissions and the policy capability that turns them on
+            advice += ": its policy must allow the transition, also process2 { nnp_transition nosuid_transition }"
+        return SetupError(error.step, error.index, error.errno, error.target, f"{advice} (or it may not be executed)")
 
     def _output(self, capture: Capture) -> None:
         capture.read()

@@ -83,6 +83,9 @@ class JobSpec:
     network: str = "none"
     mounts: tuple[Mount, ...] = ()
     cap_add: tuple[str, ...] = ()
+    apparmor: str | None = None
+    selinux: str | None = None
+    selinux_mount: str | None = None
 
     @property
     def argv(self) -> tuple[str, ...]:

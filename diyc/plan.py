@@ -36,8 +36,9 @@ RLIMIT_CORE, RLIMIT_NOFILE = 4, 7
 SIGKILL = 9
 RLIM_INFINITY = 2**64 - 1
 SHM_SIZE = 64 * 1024**2
-SUPERVISOR_FD = 3
+SUPERVISOR_FD, LABEL_FD = 3, 4
 TTY_GROUP = 5  # of terminals, in every distribution (devpts documentation of the kernel)
+O_WRONLY = 1
 OOM_SCORE_ADJ = 500  # the kernel takes jobs first
 
 # Positions in the marks that the child takes; the differences are a result's steps_s.
@@ -70,7 +71,7 @@ STEP_DOCS: dict[str, StepDoc] = {
     "write_file": StepDoc("openat2({target}, O_CREAT|O_EXCL|O_NOFOLLOW) + write({data})", "openat2(2)"),
     "symlink": StepDoc("symlinkat({source}, {target})", "symlink(2)"),
     "mount": StepDoc("mount({source}, {target}, {type}, {flags}, {data})", "mount(2)"),
-    "open_file": StepDoc("{out} = openat2({source}, O_RDONLY)", "openat2(2)"),
+    "open_file": StepDoc("{out} = openat2({source}, {flags})", "openat2(2)"),
     "open_tree": StepDoc("{out} = open_tree({source}, OPEN_TREE_CLONE)", "open_tree(2)"),
     "fsmount": StepDoc("{out} = fsmount(fsopen({type}), {flags}) {data}", "fsopen(2), fsmount(2)"),
     "move_mount": StepDoc("move_mount({fd}, {target})", "move_mount(2)"),
@@ -87,6 +88,7 @@ STEP_DOCS: dict[str, StepDoc] = {
     "clear_ambient": StepDoc("prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)", "capabilities(7)"),
     "capset": StepDoc("capset(permitted = effective = {flags}, inheritable = 0)", "capset(2)"),
     "no_new_privs": StepDoc("prctl(PR_SET_NO_NEW_PRIVS, 1)", "PR_SET_NO_NEW_PRIVS(2const)"),
+    "exec_label": StepDoc("write({fd}, {data})", "proc_pid_attr(5)"),
     "signals": StepDoc("rt_sigaction(every signal, SIG_DFL) + rt_sigprocmask(none blocked)", "signal(7)"),
     "exec": StepDoc("execve(command)", "execve(2)"),
 }
@@ -111,7 +113,11 @@ _FLAG_NAMES = {
     "mount_setattr": _ATTR_FLAGS,
     "unshare": {CLONE_NEWCGROUP: "CLONE_NEWCGROUP"},
     "pdeathsig": {SIGKILL: "SIGKILL"},
+    "open_file": {O_WRONLY: "O_WRONLY"},
 }
+
+
+_NO_FLAG = {"open_file": "O_RDONLY"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,7 @@ class Step:
         names = _FLAG_NAMES.get(self.kind)
         if names is None:
             return str(self.flags)
-        return "|".join(name for bit, name in names.items() if self.flags & bit) or "0"
+        return "|".join(name for bit, name in names.items() if self.flags & bit) or _NO_FLAG.get(self.kind, "0")
 
     def _data(self) -> str:
         if self.data is None:
@@ -196,8 +202,8 @@ class User:
 class Box:
     """What a plan needs to know beyond the job: its root, its mounts and how it enters its cgroups.
 
-    `binds` are the image's own and the job's; `joins` counts the v1 `tasks` descriptors. Before Linux 6.6 a tmpfs has
-    no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
+    `binds` are the image's own and the job's; `joins` counts the descriptors to join a cgroup by. Before Linux 6.6 a
+    tmpfs has no user.* attributes, which an overlay mounted in a user namespace needs: there the spawner mounts it.
     `supervisor` is the pid that the child must find as its parent. `may_set_groups` is False where an ordinary user
     has no subordinate groups (user_namespaces(7)); `ids` is how many ids there are inside."""
 
@@ -206,6 +212,7 @@ class Box:
     binds: tuple[Bind, ...] = ()
     joins: int = 0
     into_cgroup: bool = False
+    clone3: bool = True
     capabilities: int = 0
     overlay_by_spawner: bool = False
     supervisor: int = 0
@@ -242,9 +249,11 @@ class Plan:
             for step in self.steps
         ]
 
-    def clone_call(self, into_cgroup: bool) -> str:
-        """The clone3 call that makes the child."""
+    def clone_call(self, into_cgroup: bool, clone3: bool = True) -> str:
+        """The call that makes the child, without clone3 the older one."""
         names = [name for name, bit in CLONE_FLAGS.items() if self.clone_flags & bit]
+        if not clone3:
+            return f"clone({'|'.join(names)}|CLONE_VM|CLONE_VFORK) + pidfd_open()"
         extra = ["CLONE_INTO_CGROUP"] if into_cgroup else []
         return f"clone3({'|'.join(names + extra)}|CLONE_PIDFD|CLONE_VM|CLONE_VFORK)"
 
@@ -255,6 +264,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
     steps = (
         *before,
         *_identity(box),
+        *_label_file(spec),
         *(_root_from_spawner() if box.overlay_by_spawner else _root(spec)),
         *_kernel_filesystems(spec, box),
         *_etc(box),
@@ -262,7 +272,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         *_proc(),
         *_read_only(spec),
         *_names(spec, box),
-        *_descriptors(),
+        *_descriptors(spec),
         *_confinement(spec, box),
     )
     given = (
@@ -270,6 +280,7 @@ def build_plan(spec: JobSpec, box: Box) -> Plan:
         "stdout",
         "stderr",
         "supervisor_kept",
+        *(("label_kept",) if _label(spec) else ()),
         *(f"tasks{i}" for i in range(box.joins)),
         "layer",
         *(f"bind{i}" for i in range(len(box.binds))),
@@ -283,13 +294,13 @@ def _identity(box: Box) -> tuple[Step, ...]:
     joins = tuple(
         Step(
             "cgroup_join",
-            "the child enters a v1 cgroup itself: moved from outside it would wait for RCU",
+            "the child enters a cgroup itself: moved from outside it would wait for RCU",
             fd=f"tasks{i}",
         )
         for i in range(box.joins)
     )
     return (
-        Step("mark", "how long clone3 took", flags=MARK_CLONED),
+        Step("mark", "how long the clone took", flags=MARK_CLONED),
         *joins,
         Step(
             "open_file",
@@ -330,6 +341,27 @@ def _identity(box: Box) -> tuple[Step, ...]:
     )
 
 
+def _label(spec: JobSpec) -> tuple[str, bytes] | None:
+    """What tells the security module the label of the next execve: its file in /proc/PID/attr, and what to write."""
+    if spec.apparmor:
+        return "apparmor/exec", b"exec " + spec.apparmor.encode()  # Linux 5.8; the file of older ones is the next
+    return ("exec", spec.selinux.encode()) if spec.selinux else None
+
+
+def _label_file(spec: JobSpec) -> tuple[Step, ...]:
+    label = _label(spec)
+    if label is None:
+        return ()
+    why = "written last of all; a task may label only itself, and the container's own /proc is not needed so"
+    return (Step("open_file", why, out="label", flags=O_WRONLY, source=f"/proc/thread-self/attr/{label[0]}"),)
+
+
+def _labelled(spec: JobSpec, options: str) -> bytes:
+    """Mount options with the job's label for files. It may have commas, hence the quotes (mount(8), context=)."""
+    more = f',context="{spec.selinux_mount}"' if spec.selinux_mount else ""
+    return f"{options}{more}".encode()
+
+
 _PRIVATE = Step("mount", "no mount made here shows on the host", target="/", flags=MS_REC | MS_PRIVATE)
 
 
@@ -348,7 +380,7 @@ def _overlay(spec: JobSpec, options: str, *, by_spawner: bool = False) -> tuple[
             target="/scratch",
             type="tmpfs",
             flags=MS_NOSUID | MS_NODEV,
-            data=size.encode(),
+            data=_labelled(spec, size),
         ),
         *(
             Step("mkdir", why, target=f"/scratch/{name}", flags=0o755)
@@ -368,7 +400,7 @@ def _overlay(spec: JobSpec, options: str, *, by_spawner: bool = False) -> tuple[
             target="/scratch/root",
             type="overlay",
             flags=MS_NOSUID | MS_NODEV,
-            data=f"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work{options}".encode(),
+            data=_labelled(spec, f"lowerdir=/scratch/lower,upperdir=/scratch/upper,workdir=/scratch/work{options}"),
         ),
     )
 
@@ -431,7 +463,7 @@ def _kernel_filesystems(spec: JobSpec, box: Box) -> tuple[Step, ...]:
             target="/dev/pts",
             type="devpts",
             flags=MS_NOSUID | MS_NOEXEC,
-            data=f"newinstance,ptmxmode=0666,mode=0620{tty_group}".encode(),
+            data=_labelled(spec, f"newinstance,ptmxmode=0666,mode=0620{tty_group}"),
         ),
         Step(
             "mount",
@@ -440,7 +472,7 @@ def _kernel_filesystems(spec: JobSpec, box: Box) -> tuple[Step, ...]:
             target="/dev/shm",
             type="tmpfs",
             flags=MS_NOSUID | MS_NODEV | MS_NOEXEC,
-            data=f"mode=1777,size={shm}".encode(),
+            data=_labelled(spec, f"mode=1777,size={shm}"),
         ),
     )
 
@@ -462,7 +494,7 @@ def _etc(box: Box) -> tuple[Step, ...]:
 def _mounts(spec: JobSpec, box: Box) -> tuple[Step, ...]:
     """Parents before what is mounted inside them."""
     made = [(bind.target, _bind(i, bind)) for i, bind in enumerate(box.binds)]
-    made += [(m.target, _tmpfs_at(m)) for m in spec.mounts if m.type == "tmpfs"]
+    made += [(m.target, _tmpfs_at(spec, m)) for m in spec.mounts if m.type == "tmpfs"]
     made.sort(key=lambda one: one[0].rstrip("/").count("/"))
     return tuple(step for _, steps in made for step in steps)
 
@@ -473,8 +505,8 @@ def _bind(i: int, bind: Bind) -> list[Step]:
     return [*_mount_point(bind.target, directory=bind.directory), move]
 
 
-def _tmpfs_at(mount: Mount) -> list[Step]:
-    return [*_mount_point(mount.target, directory=True), _tmpfs(mount.target, mount.size, mount.read_only)]
+def _tmpfs_at(spec: JobSpec, mount: Mount) -> list[Step]:
+    return [*_mount_point(mount.target, directory=True), _tmpfs(spec, mount)]
 
 
 def _proc() -> tuple[Step, ...]:
@@ -489,15 +521,15 @@ def _read_only(spec: JobSpec) -> tuple[Step, ...]:
     return () if spec.writable else (Step("mount_setattr", "writable = false", target="/", flags=ATTR_RDONLY),)
 
 
-def _tmpfs(target: str, size: int | None, read_only: bool) -> Step:
+def _tmpfs(spec: JobSpec, mount: Mount) -> Step:
     return Step(
         "mount",
         "memory of the job, gone with it",
         source="tmpfs",
-        target=target,
+        target=mount.target,
         type="tmpfs",
-        flags=MS_NOSUID | MS_NODEV | (MS_RDONLY if read_only else 0),
-        data=f"mode=1777,size={size or 0}".encode(),
+        flags=MS_NOSUID | MS_NODEV | (MS_RDONLY if mount.read_only else 0),
+        data=_labelled(spec, f"mode=1777,size={mount.size or 0}"),
     )
 
 
@@ -521,7 +553,9 @@ def _names(spec: JobSpec, box: Box) -> tuple[Step, ...]:
     return (*steps, Step("mark", "how long the root and the mounts took", flags=MARK_MOUNTED))
 
 
-def _descriptors() -> tuple[Step, ...]:
+def _descriptors(spec: JobSpec) -> tuple[Step, ...]:
+    kept = Step("dup", "closed by execve too", fd="label", flags=LABEL_FD, data=b"cloexec")
+    label = (kept,) if _label(spec) else ()
     return (
         Step("dup", "standard input", fd="stdin", flags=0),
         Step("dup", "standard output", fd="stdout", flags=1),
@@ -533,7 +567,8 @@ def _descriptors() -> tuple[Step, ...]:
             flags=SUPERVISOR_FD,
             data=b"cloexec",
         ),
-        Step("close_from", "no descriptor of the supervisor reaches the job", flags=SUPERVISOR_FD + 1),
+        *label,
+        Step("close_from", "no descriptor of the supervisor reaches the job", flags=SUPERVISOR_FD + 1 + len(label)),
     )
 
 
@@ -569,7 +604,17 @@ def _confinement(spec: JobSpec, box: Box) -> tuple[Step, ...]:
             flags=SIGKILL,
             data=f"{box.supervisor} ".encode(),
         ),
+        *_exec_label(spec),
         Step("signals", "what the supervisor ignores or blocks is not inherited"),
         Step("mark", "how long confinement took", flags=MARK_EXEC),
         Step("exec", "the command: the first of its candidates on PATH that can be run"),
     )
+
+
+def _exec_label(spec: JobSpec) -> tuple[Step, ...]:
+    """Late: nothing of the set-up needs to be allowed by the job's profile, and any task may confine itself further."""
+    label = _label(spec)
+    if label is None:
+        return ()
+    why = f"security.{'apparmor' if spec.apparmor else 'selinux'}: execve changes to it, or fails"
+    return (Step("exec_label", why, fd="label_kept", data=label[1]),)

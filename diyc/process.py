@@ -20,6 +20,7 @@ from diyc.plan import (
     ATTR_NODEV,
     ATTR_NOSUID,
     ATTR_RDONLY,
+    LABEL_FD,
     MARK_CLONED,
     MARK_EXEC,
     MARK_JOINED,
@@ -90,7 +91,7 @@ class Launcher:
 
         The descriptors must stay open until then. Raises ValueError for strings with NUL."""
         self._token += 1
-        given = {**launch.descriptors, "supervisor_kept": SUPERVISOR_FD}
+        given = {**launch.descriptors, "supervisor_kept": SUPERVISOR_FD, "label_kept": LABEL_FD}
         self._spawner.submit(
             self._compile(launch.plan),
             self._token,
@@ -208,3 +209,18 @@ def can_idmap(path: str, userns: int) -> bool:
 def user_namespace(id_map: str) -> int:
     """A user namespace with this map, kept alive by the returned descriptor. Raises OSError."""
     return _core.user_namespace(id_map)
+
+
+def limit_devices(program: bytes, cgroup: int) -> None:
+    """Bind a BPF program for devices to a cgroup v2 directory, an O_PATH descriptor will do. Raises OSError."""
+    _core.limit_devices(program, cgroup)
+
+
+def has_clone3() -> bool:
+    """Whether children are made with clone3(2), and so into a v2 cgroup; where it is hidden, with clone(2)."""
+    return -system_calls()["clone3"] not in (errno.ENOSYS, errno.EPERM)
+
+
+def system_calls() -> dict[str, int]:
+    """What each system call that may be missing answers to arguments it must refuse: {name: -errno}, see host.py."""
+    return _core.system_calls()

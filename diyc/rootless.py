@@ -72,8 +72,8 @@ def mapped_ids(proc: Path = Path("/proc")) -> MappedIds | None:
 
 
 def _extents(path: Path) -> list[tuple[int, int]]:
-    """(first id inside, count) of each line of a map, sorted."""
-    lines = (line.split() for line in path.read_text().splitlines())
+    """(first id inside, count) of each line of a map, sorted; all ids for a kernel without user namespaces."""
+    lines = (line.split() for line in (_text(path) or f"0 0 {WHOLE}").splitlines())
     return sorted((int(inside), int(count)) for inside, _, count in lines)
 
 

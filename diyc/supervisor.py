@@ -21,7 +21,7 @@ from diyc.cgroups import Cgroups, RunCgroup, detect, open_cgroups, remove_leftov
 from diyc.config import SupervisorConfig, supervisor_from_mapping
 from diyc.errors import CgroupError, DiycError, HostError, ImageError
 from diyc.execution import Execution, Prepared, Services, Sink
-from diyc.host import load_overlay, read_host, tmpfs_keeps_user_attributes
+from diyc.host import is_initial_root, load_overlay, read_host, tmpfs_keeps_user_attributes
 from diyc.ids import new_id
 from diyc.images.directories import private_directory
 from diyc.images.store import ImageStore, RootTree
@@ -32,6 +32,7 @@ from diyc.metrics import LiveContainer
 from diyc.plan import Bind, Box, User
 from diyc.process import Launcher
 from diyc.results import Result
+from diyc.security import check_labels
 from diyc.slots import RANGE, RangeLocks, SharedSlots, Slots
 
 STARTS_PER_TURN = 8  # of the event loop; then completions and scrapes have their turn
@@ -111,7 +112,7 @@ class Supervisor:
 
     async def __aenter__(self) -> Supervisor:
         load_overlay()
-        read_host().require()
+        read_host(calls=process.system_calls()).require()
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -136,6 +137,7 @@ class Supervisor:
         self.warnings += instance.unreadable
         self.cgroups = self._open_cgroups(instance)
         owned.callback(self.cgroups.close)
+        self._limit_devices()
         self._slots = self._open_slots()
         # a tmpfs is quicker, where it can be idmapped: from Linux 6.3 on
         fast = self._can_show(os.path.realpath(config.runtime_dir))
@@ -149,7 +151,7 @@ class Supervisor:
     def _open_cgroups(self, instance: Instance) -> Cgroups:
         """Without root and where nobody delegated a cgroup, best-effort makes do with none: prepare() of each job
         then names the limits that are not enforced."""
-        cgroups = open_cgroups(detect(), self.config.cgroup_parent, instance.id)
+        cgroups = open_cgroups(detect(), self.config.cgroup_parent, instance.id, into=process.has_clone3())
         instance.record(cgroups=cgroups.instance_dirs, paths=())
         try:
             cgroups.prepare()
@@ -184,6 +186,17 @@ class Supervisor:
         """Whether files at `path` can have the ids inside a job that they have for us."""
         return self._mapped is not None or process.can_idmap(path, self._userns)
 
+    def _limit_devices(self) -> None:
+        """Root of a user namespace cannot: there no device node can be made, and all mounts are nodev."""
+        if not is_initial_root():
+            return
+        try:
+            self.cgroups.limit_devices(process.limit_devices)
+        except HostError as error:
+            if self.config.enforce == "strict":
+                raise
+            self.warnings.append(f"not enforced: {error}")
+
     async def __aexit__(self, *_: object) -> None:
         """End what still runs, and give back everything that was made."""
         self.drain()
@@ -208,6 +221,7 @@ class Supervisor:
         prepared = self._prepared.get(spec)
         if prepared is None:
             self._check_limits(spec)
+            self.warnings += check_labels(spec)
             try:
                 tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
                 prepared = self._prepared[spec] = self._join(spec, tree)
@@ -229,7 +243,7 @@ class Supervisor:
             hostname="",
             user=user,
             binds=binds,
-            into_cgroup=self.cgroups.layout != "v1",
+            into_cgroup=self.cgroups.into,
             capabilities=capabilities.mask(spec.cap_add),
             overlay_by_spawner=self._overlay_by_spawner,
             supervisor=os.getpid(),

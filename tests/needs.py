@@ -39,14 +39,20 @@ def program(name: str) -> bool:
     return shutil.which(name) is not None
 
 
+def unified() -> bool:
+    """A cgroup v2 mount, beside v1 hierarchies or alone."""
+    return any(" - cgroup2 " in line for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
 CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "hugetlb")
-PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "newuidmap", "strace")
+PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "newuidmap", "secilc", "strace", "unshare")
 FEATURES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
     "overlay": (partial(filesystem, "overlay"), "needs the overlay filesystem"),
     "overlay.rootless": (tmpfs_keeps_user_attributes, "needs Linux 6.6 (user.* attributes on a tmpfs)"),
     "user_namespaces": (user_namespaces, "needs user namespaces (sysctl user.max_user_namespaces)"),
     **{f"cgroup.{name}": (partial(controller, name), f"needs the cgroup controller {name}") for name in CONTROLLERS},
+    "cgroup.v2": (unified, "needs a cgroup v2 mount"),
     "cgroup.io": (lambda: controller("io") or controller("blkio"), "needs the cgroup controller io (v1: blkio)"),
     **{f"program.{name}": (partial(program, name), f"needs the program {name}") for name in PROGRAMS},
 }

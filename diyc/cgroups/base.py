@@ -5,9 +5,11 @@ controller; on a hybrid host both, because the v2 mount kills, tells of emptines
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from diyc.cgroups import delegation, v1, v2
+from diyc.cgroups import delegation, devices, v1, v2
 from diyc.cgroups.detect import CgroupHost
 from diyc.cgroups.draft import KEYS, Dialect, Draft, asked_for
 from diyc.cgroups.files import Files
@@ -23,6 +25,10 @@ _DIALECTS: dict[int, Dialect] = {1: v1.DIALECT, 2: v2.DIALECT}
 _ALWAYS = frozenset({"memory", "pids", "cpu", "io"})
 
 _MOST_RECIPES = 1024
+_DEVICES_ADVICE = (
+    "a container around diyc may forbid that (bpf(2) takes CAP_BPF or CAP_SYS_ADMIN): let it, "
+    'or set supervisor.enforce = "best-effort" to run without'
+)
 
 
 def open_cgroups(
@@ -31,13 +37,16 @@ def open_cgroups(
     instance: str = "default",
     machine: Machine | None = None,
     files: Files | None = None,
+    *,
+    into: bool = True,
 ) -> Cgroups:
     """The cgroups of one supervisor: <delegated root>/<parent>/<instance>/ in each hierarchy. Writes nothing yet.
 
+    `into`: a run's process is cloned into its v2 cgroup; else it joins that as it joins those of v1.
     HostError: no cgroups here at all."""
     if not host.controllers and host.unified is None:
         raise HostError("cgroups", "no cgroup hierarchy is mounted (try `mount -t cgroup2 none /sys/fs/cgroup`)")
-    return Cgroups(host, parent, instance, machine or Machine(), files or Files())
+    return Cgroups(host, parent, instance, machine or Machine(), files or Files(), into)
 
 
 def without_cgroups(why: str) -> Cgroups:
@@ -48,8 +57,8 @@ def without_cgroups(why: str) -> Cgroups:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A run's cgroups: a directory in each of `directories`, (file, value) pairs of its limits, the v1 hierarchies it
-    joins by itself in order, and the v2 directory below which it is cloned."""
+    """A run's cgroups: a directory in each of `directories`, (file, value) pairs of its limits, the files by which it
+    joins by itself in order, and the v2 directory below which it is cloned, if it is."""
 
     directories: tuple[str, ...]
     writes: tuple[tuple[str, str], ...]
@@ -61,7 +70,14 @@ class Cgroups:
     """Makes runs' cgroups. prepare() first; close() at the end, when no run is left."""
 
     def __init__(
-        self, host: CgroupHost, parent: str, instance: str, machine: Machine, files: Files, absent: str | None = None
+        self,
+        host: CgroupHost,
+        parent: str,
+        instance: str,
+        machine: Machine,
+        files: Files,
+        into: bool = True,
+        absent: str | None = None,
     ) -> None:
         self._absent = absent
         self.layout = host.layout
@@ -74,6 +90,7 @@ class Cgroups:
         self._unified = by_place[host.unified] if host.unified else None
         self._recipes: dict[Limits, Recipe] = {}
         self._prepared = False
+        self.into = into and self._unified is not None
 
     @property
     def instance_dirs(self) -> list[str]:
@@ -107,6 +124,22 @@ class Cgroups:
             raise
         self._prepared = True
 
+    def limit_devices(self, attach: Callable[[bytes, int], None]) -> None:
+        """After prepare(): let no run make or open a device node beyond devices.ALLOWED.
+
+        `attach` binds a BPF program to a v2 directory. HostError: the kernel, or a container around us, refuses."""
+        try:
+            if self._unified:
+                attach(devices.v2_program(), self._unified.fd)
+            elif hierarchy := self._by_controller.get("devices"):
+                for file, value in devices.v1_rules():
+                    self._files.write(file, value.encode(), hierarchy.fd)
+            else:
+                raise HostError("device policy", "no devices controller is mounted, nor cgroup v2")
+        except OSError as error:
+            what = f"cannot {error.args[1]}" if self._unified else "cannot set devices.deny and devices.allow"
+            raise HostError("device policy", f"{what}: {os.strerror(error.args[0])}; {_DEVICES_ADVICE}") from error
+
     def create(self, name: str, limits: Limits) -> RunCgroup:
         """Make the cgroups of one run. Limits that unsupported() names are left out.
 
@@ -121,8 +154,8 @@ class Cgroups:
         return Preview(
             directories=tuple(hierarchy.path for hierarchy in recipe.hierarchies),
             writes=tuple((f"{h.path}/RUN/{file}", value.decode()) for h, file, value in recipe.writes),
-            joins=tuple(h.path for h in recipe.hierarchies if h is not self._unified),
-            into=self._unified.path if self._unified else None,
+            joins=tuple(f"{h.path}/RUN/{h.join_file}" for h in recipe.hierarchies if h is not recipe.into),
+            into=recipe.into.path if recipe.into else None,
         )
 
     def close(self) -> None:
@@ -145,10 +178,11 @@ class Cgroups:
             cause.add_note(str(error))
 
     def _measured(self) -> list[str]:
-        """The controllers that every run has, here. The v2 mount counts CPU time without any controller."""
+        """The controllers that every run has, here. The v2 mount counts CPU time, and limits devices, without any."""
         names = [name for name in self._by_controller if name in _ALWAYS]
         counts_cpu = self._unified is not None and self._unified.has("cpu.stat")
-        return names if counts_cpu or "cpuacct" not in self._by_controller else [*names, "cpuacct"]
+        more = () if counts_cpu else ("cpuacct",)
+        return names + [name for name in (*more, "devices") if name in self._by_controller]
 
     def _ready(self, limits: Limits) -> Recipe:
         """The recipe for `limits`, with all that it needs in place. Runs with equal limits find it again,
@@ -184,6 +218,7 @@ class Cgroups:
                 if (reader := _DIALECTS[hierarchy.place.version].figures.get(name))
             ),
             unified=self._unified,
+            into=self._unified if self.into else None,
         )
 
     def _draft(self, limits: Limits) -> Draft:

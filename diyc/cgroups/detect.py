@@ -21,6 +21,7 @@ _V1_NAMES = {
     "cpuset": "cpuset",
     "blkio": "io",
     "hugetlb": "hugetlb",
+    "devices": "devices",
 }
 _V2_NAMES = frozenset({"memory", "pids", "cpu", "cpuset", "io", "hugetlb"})
 
@@ -51,7 +52,7 @@ class Place:
 class CgroupHost:
     """What detect() found: layout "v1", "hybrid" or "v2"; where each controller is; the v2 mount, if any.
 
-    Controllers have their v2 names (v1's blkio is "io"), and v1's cpuacct beside them."""
+    Controllers have their v2 names (v1's blkio is "io"), and v1's cpuacct beside them; devices only where all is v1."""
 
     layout: str
     controllers: Mapping[str, Place]
@@ -88,6 +89,7 @@ def detect(
         unified = _delegated(_place(2, "v2", candidates, own.get("", "/"), root), is_marked or has_delegate_mark)
     layout = ("hybrid" if controllers else "v2") if unified else "v1"
     if unified:
+        controllers.pop("devices", None)  # on the v2 mount a program does it for all runs at once
         controllers |= {name: unified for name in _offered(unified) if name in _V2_NAMES}
     return CgroupHost(layout, controllers, unified)
 

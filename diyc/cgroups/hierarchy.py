@@ -28,6 +28,11 @@ class Hierarchy:
         self.enabled: frozenset[str] = frozenset()  # v2: the controllers that each run gets
 
     @property
+    def join_file(self) -> str:
+        """Where a process writes "0" to enter a cgroup: v1's `tasks` moves one thread, which is quicker."""
+        return "tasks" if self.place.version == 1 else "cgroup.procs"
+
+    @property
     def made(self) -> bool:
         """Whether the instance directory is there and open."""
         return self.fd >= 0

@@ -22,19 +22,21 @@ from diyc.results import CgroupFigures
 class Recipe:
     """What limits come to on this host. Runs with equal limits share one.
 
-    `hierarchies` has the v2 one first, if any: it is the last to be removed, and tells when it is empty."""
+    `hierarchies` has the v2 one first, if any: it is the last to be removed, and tells when it is empty. `into` is that
+    one again where a run's process is cloned into it."""
 
     hierarchies: tuple[Hierarchy, ...]
     controllers: Mapping[str, Hierarchy]
     writes: tuple[tuple[Hierarchy, str, bytes], ...]
     readers: tuple[tuple[Hierarchy, Callable[[Read], Figures]], ...]
     unified: Hierarchy | None
+    into: Hierarchy | None
 
 
 class RunCgroup:
     """The cgroups of one run, from creation to remove().
 
-    `into_fd` is the v2 directory for CLONE_INTO_CGROUP, None without a v2 mount; `join_fds` are v1 `tasks` files,
+    `into_fd` is the v2 directory for CLONE_INTO_CGROUP, None without that; `join_fds` are the files of the others,
     to each of which the child writes "0" (a pid written from outside waits for an RCU grace period)."""
 
     def __init__(self, name: str, recipe: Recipe) -> None:
@@ -125,10 +127,10 @@ class RunCgroup:
         return processes(self._path, self._recipe.hierarchies[0].files)
 
     def _open(self, hierarchy: Hierarchy) -> None:
-        if hierarchy is self._recipe.unified:
+        if hierarchy is self._recipe.into:
             self.into_fd = hierarchy.open(self.name)
         else:
-            self.join_fds += (hierarchy.open(self.name, "tasks"),)
+            self.join_fds += (hierarchy.open(self.name, hierarchy.join_file),)
 
     def _undo(self, cause: BaseException) -> None:
         self.close_join_fds()

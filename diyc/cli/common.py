@@ -65,7 +65,11 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def settle_process() -> None:
     """Make this process fit to supervise: SIGCHLD at its default (ignored, the kernel would reap the jobs), as
-    many descriptors as it may have, and the last choice of the OOM killer."""
+    many descriptors as it may have, and the last choice of the OOM killer. HostError: it can start no thread."""
+    from diyc.host import require_threads
+    from diyc.process import system_calls
+
+    require_threads(system_calls())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -13,6 +13,7 @@ from diyc.environment import candidates, default_hostname, environment
 from diyc.host import tmpfs_keeps_user_attributes
 from diyc.jobs import JobSpec, Run
 from diyc.plan import OOM_SCORE_ADJ, STEP_DOCS, Bind, Box, Plan, Step, User, build_plan
+from diyc.process import has_clone3
 from diyc.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def cgroups_here(spec: JobSpec) -> Preview:
     """The cgroups that a run of the job would get on this host."""
     from diyc.cgroups import detect, open_cgroups
 
-    return open_cgroups(detect(), instance="SUPERVISOR").preview(spec.limits)
+    return open_cgroups(detect(), instance="SUPERVISOR", into=has_clone3()).preview(spec.limits)
 
 
 def render_plan(spec: JobSpec, cgroups: Preview, paint: Paint, indent: str = "") -> str:
@@ -155,6 +156,7 @@ def plan_of(spec: JobSpec, cgroups: Preview) -> tuple[Plan, Box]:
         binds=binds,
         joins=len(cgroups.joins),
         into_cgroup=cgroups.into is not None,
+        clone3=has_clone3(),
         capabilities=mask(spec.cap_add),
         overlay_by_spawner=not tmpfs_keeps_user_attributes(),
     )
@@ -205,7 +207,7 @@ def _clone_calls(plan: Plan, box: Box) -> list[Call]:
     return [
         Call(
             SPAWNER,
-            plan.clone_call(box.into_cgroup),
+            plan.clone_call(box.into_cgroup, box.clone3),
             "a child in namespaces of its own; its parent's memory is lent to it, not copied, until execve",
             "clone(2), namespaces(7)",
         ),
@@ -227,7 +229,7 @@ def _clone_calls(plan: Plan, box: Box) -> list[Call]:
 def _step_call(who: str, step: Step, cgroups: Preview) -> Call:
     call = step.call()
     if step.kind == "cgroup_join" and step.fd is not None:
-        call = f'write("{cgroups.joins[int(step.fd.removeprefix("tasks"))]}/RUN/tasks", "0")'
+        call = f'write("{cgroups.joins[int(step.fd.removeprefix("tasks"))]}", "0")'
     return Call(who, call, step.why, STEP_DOCS[step.kind].source)
 
 

@@ -74,6 +74,7 @@ class RunCommand(click.Command):
 @click.option("-v", "--volume", multiple=True, metavar="SOURCE:TARGET[:ro]", help="Bind mount; may be repeated.")
 @click.option("--tmpfs", multiple=True, metavar="TARGET[:SIZE]", help="Memory file system; may be repeated.")
 @click.option("--cap-add", multiple=True, metavar="CAP", help="Capability inside its user namespace.")
+@click.option("--security-opt", multiple=True, metavar="KEY=VALUE", help="apparmor=PROFILE or selinux=LABEL.")
 @click.option("--read-only", is_flag=True, help="The root cannot be written to.")
 @click.option("--state-dir", metavar="DIR", help="Where images are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result object instead of the output.")
@@ -116,7 +117,7 @@ def _spec(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> JobSpe
         "limits": limits,
         "writable": not flags["read_only"],
         "mounts": [*map(_volume, flags["volume"]), *map(_tmpfs, flags["tmpfs"])],
-        "security": {"cap_add": list(flags["cap_add"])},
+        "security": {"cap_add": list(flags["cap_add"]), **dict(map(_security_opt, flags["security_opt"]))},
     }
     job |= {key: flags[key] for key in ("timeout", "workdir", "user", "hostname") if flags[key] is not None}
     if flags["network"]:
@@ -131,6 +132,15 @@ def _pair(text: str, separator: str, form: str) -> tuple[str, str]:
     if not found or not name:
         raise ConfigError([Problem("command line", None, form.split()[0], f"{text!r} is not {form.split()[1]}")])
     return name, escape(value)
+
+
+def _security_opt(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    known = ("apparmor", "selinux", "selinux_mount")
+    if key not in known:
+        problem = f"{key!r} is not one of {', '.join(known)}"
+        raise ConfigError([Problem("command line", None, "--security-opt", problem)])
+    return key, value
 
 
 def _volume(text: str) -> dict[str, Any]:
@@ -277,13 +287,14 @@ def doctor(as_json: bool) -> None:
     """Say what this host offers and lacks, and run one job to prove it. Exit status 3 if no job can run here."""
     from diyc.cgroups import detect, open_cgroups
     from diyc.host import load_overlay, read_host
+    from diyc.process import system_calls
 
     try:
         common.enter_host()
     except DiycError as error:
         print(f"diyc: {error}", file=sys.stderr)  # and yet all that can be known is shown
     load_overlay()
-    facts = read_host()
+    facts = read_host(calls=system_calls())
     try:
         layout = detect()
         cgroups = [f"layout {layout.layout}", *open_cgroups(layout).describe()]

@@ -77,6 +77,7 @@ CALLS: dict[str, Callable[[Step], list[str]]] = {
     "clear_ambient": exactly("prctl"),
     "capset": exactly("capset"),
     "no_new_privs": exactly("prctl"),
+    "exec_label": exactly("write"),
     "signals": exactly(*["rt_sigaction"] * LAST_SIGNAL, "rt_sigprocmask"),
     "exec": exactly("execve"),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from diyc.cgroups import CgroupHost, Cgroups, RunCgroup, detect, open_cgroups
+from diyc.cgroups.devices import v1_rules, v2_program
 from diyc.cgroups.files import Files
 from diyc.cgroups.machine import Machine
 from diyc.errors import CgroupError, HostError
@@ -28,6 +29,7 @@ V1 = {
     "cpu": ["cpu.shares", "cpu.cfs_quota_us", "cpu.cfs_period_us"],
     "cpuacct": [],
     "cpuset": ["cpuset.cpus", "cpuset.mems"],
+    "devices": ["devices.deny", "devices.allow"],
     "blkio": [f"blkio.throttle.{way}_{unit}_device" for way in ("read", "write") for unit in ("bps", "iops")],
 }
 V2 = {
@@ -313,6 +315,58 @@ def test_every_limit_reaches_its_file(world: World, cgroups: Cgroups) -> None:
     finish(run)
 
 
+def test_devices_are_limited_once_above_all_runs(world: World, cgroups: Cgroups) -> None:
+    attached: list[tuple[bytes, str]] = []
+    cgroups.prepare()
+    before = len(world.kernel.touched)
+    cgroups.limit_devices(lambda program, fd: attached.append((program, os.readlink(f"/proc/self/fd/{fd}"))))
+    if world.layout == "v1":
+        top = str(world.root / "sys/fs/cgroup/devices/pod.slice/diyc.service/diyc/one")
+        assert attached == []
+        assert world.kernel.touched[before:] == [f"{top}/{file}" for file, _ in v1_rules()]
+    else:
+        assert attached == [(v2_program(), str(world.v2_root() / "pod.slice/diyc.service/diyc/one"))]
+        assert world.kernel.touched[before:] == []
+    run = cgroups.create("r", Limits())
+    assert ("devices" in run.dirs) == (world.layout == "v1")
+    finish(run)
+
+
+def test_a_host_that_cannot_limit_devices_is_told_so(make: Callable[..., World]) -> None:
+    world = make("v1")
+    world.kernel.refuse["devices.deny"] = errno.EPERM
+    cgroups = world.open()
+    cgroups.prepare()
+    with pytest.raises(HostError, match=r"device policy: cannot set devices.deny .* not permitted; a container"):
+        cgroups.limit_devices(lambda program, fd: None)
+    cgroups.close()
+
+
+def test_a_host_without_a_devices_controller_is_told_so(make: Callable[..., World]) -> None:
+    world = make("v1")
+    host = world.host()
+    kept = {name: place for name, place in host.controllers.items() if name != "devices"}
+    cgroups = open_cgroups(replace(host, controllers=kept), files=world.kernel)
+    with pytest.raises(HostError, match="device policy: no devices controller is mounted, nor cgroup v2"):
+        cgroups.limit_devices(lambda program, fd: None)
+
+
+@pytest.mark.parametrize("layout", ["hybrid", "v2"])
+def test_without_clone3_a_run_joins_its_v2_cgroup_by_itself(layout: str, make: Callable[..., World]) -> None:
+    world = make(layout)
+    cgroups = open_cgroups(world.host(), files=world.kernel, into=False)
+    preview = cgroups.preview(Limits())
+    run = cgroups.create("RUN", Limits())
+    assert (run.into_fd, preview.into, cgroups.into) == (None, None, False)
+    joined = [os.readlink(f"/proc/self/fd/{fd}") for fd in run.join_fds]
+    assert joined[0] == f"{run.dirs['unified']}/cgroup.procs"
+    assert joined == list(preview.joins)
+    assert all(path.endswith("/tasks") for path in joined[1:])
+    assert len(joined) == len(set(run.dirs.values()))
+    finish(run)
+    cgroups.close()
+
+
 def test_defaults_write_memory_swap_and_pids_only(world: World, cgroups: Cgroups) -> None:
     run = cgroups.create("r", Limits())
     if world.layout == "v2":
@@ -392,9 +446,9 @@ def test_v2_weight_goes_to_iocost_where_that_is_on(make: Callable[..., World]) -
 def test_a_run_gets_only_the_directories_that_it_needs(world: World, cgroups: Cgroups) -> None:
     run = cgroups.create("r", Limits())
     always = {"memory", "pids", "cpu", "io"}
-    expected = {"v1": always | {"cpuacct"}, "hybrid": always | {"unified"}, "v2": always | {"unified"}}
+    expected = {"v1": always | {"cpuacct", "devices"}, "hybrid": always | {"unified"}, "v2": always | {"unified"}}
     assert set(run.dirs) == expected[world.layout]
-    assert len(set(run.dirs.values())) == {"v1": 5, "hybrid": 5, "v2": 1}[world.layout]
+    assert len(set(run.dirs.values())) == {"v1": 6, "hybrid": 5, "v2": 1}[world.layout]
     finish(run)
 
 
@@ -580,9 +634,7 @@ def test_a_preview_before_prepare_is_what_create_then_does(world: World, cgroups
     run = cgroups.create("RUN", FULL_WITHOUT_WEIGHT)
     assert {f"{path}/RUN" for path in preview.directories} == set(run.dirs.values())
     assert {os.path.basename(path): value for path, value in preview.writes}.items() <= written(run).items()
-    assert [f"{path}/RUN/tasks" for path in preview.joins] == [
-        os.readlink(f"/proc/self/fd/{fd}") for fd in run.join_fds
-    ]
+    assert list(preview.joins) == [os.readlink(f"/proc/self/fd/{fd}") for fd in run.join_fds]
     assert preview.into == (None if world.layout == "v1" else os.path.dirname(run.dirs["unified"]))
     finish(run)
 

@@ -249,6 +249,24 @@ mounts = []
     assert inherits.mounts == (Mount("tmpfs", "/d"),)
 
 
+def test_labels_of_security_modules_are_taken_as_they_are_and_lifted_by_an_empty_one() -> None:
+    label, files = "system_u:system_r:job_t:s0:c1,c2", "system_u:object_r:job_file_t:s0"
+    text = f"""
+[defaults]
+command = ["true"]
+[defaults.security]
+apparmor = ":ns:profile//hat with {{braces}}"
+selinux_mount = "{files}"
+[jobs.a.security]
+selinux = "{label}"
+[jobs.b.security]
+apparmor = ""
+selinux_mount = ""
+"""
+    found = [(job.apparmor, job.selinux, job.selinux_mount) for job in parsed(text).jobs]
+    assert found == [(":ns:profile//hat with {braces}", label, files), (None, None, None)]
+
+
 @pytest.mark.parametrize(
     "security, kept",
     [

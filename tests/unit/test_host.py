@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 
 from diyc.cli.common import HOST, exit_status
 from diyc.errors import HostError
-from diyc.host import NAMESPACES, Feature, HostFacts, load_overlay, read_host
+from diyc.host import NAMESPACES, SYSTEM_CALLS, Feature, HostFacts, load_overlay, read_host
+from diyc.process import system_calls
 
 ALL_CAPABILITIES = "000001ffffffffff"
 Host = tuple[Path, Path]
@@ -145,10 +147,63 @@ def test_what_only_some_jobs_need_is_shown_as_missing_and_keeps_nobody_from_runn
 
 
 def test_an_lsm_counts_only_by_its_whole_name(host: Host) -> None:
-    (host[1] / "kernel/security/lsm").write_text("capability,notlandlock,selinux")
+    (host[1] / "kernel/security/lsm").write_text("capability,notlandlock,apparmor")
     found = facts(host)
     assert not named(found, "landlock").present
-    assert named(found, "selinux").present
+    assert named(found, "apparmor").present
+
+
+def test_modules_are_known_without_securityfs(host: Host) -> None:
+    proc, sys = host
+    (sys / "kernel/security/lsm").unlink()
+    assert not {"landlock", "apparmor", "selinux"} & {f.name for f in facts(host).features if f.present}
+    (proc / "filesystems").write_text("nodev\tselinuxfs\nnodev\toverlay\n")
+    parameters = sys / "module/apparmor/parameters"
+    parameters.mkdir(parents=True)
+    for enabled, active in (("N\n", False), ("Y\n", True)):
+        (parameters / "enabled").write_text(enabled)
+        assert named(facts(host), "apparmor").present == active
+    found = read_host(*host, euid=0, calls={"landlock_create_ruleset": 4})
+    assert named(found, "landlock").present
+
+
+@pytest.mark.parametrize(
+    ("own", "detail"),
+    [
+        ("kernel\0", "active, but no policy is loaded"),
+        ("system_u:system_r:init_t:s0\0", "active, we are system_u:system_r:init_t:s0"),
+    ],
+)
+def test_selinux_counts_with_a_policy_only(own: str, detail: str, host: Host) -> None:
+    proc = host[0]
+    (proc / "filesystems").write_text("nodev\tselinuxfs\nnodev\toverlay\n")
+    (proc / "self/attr").mkdir()
+    (proc / "self/attr/current").write_text(own)
+    found = named(facts(host), "selinux")
+    assert (found.detail, found.present) == (detail, ":" in own)
+
+
+REFUSED = {"ENOSYS": -errno.ENOSYS, "EPERM": -errno.EPERM}
+
+
+@pytest.mark.parametrize("refusal", REFUSED)
+@pytest.mark.parametrize("name", SYSTEM_CALLS)
+def test_each_missing_system_call_is_named(name: str, refusal: str, host: Host) -> None:
+    calls = {**dict.fromkeys(SYSTEM_CALLS, -errno.EINVAL), name: REFUSED[refusal]}
+    found = read_host(*host, euid=0, calls=calls)
+    feature = named(found, name)
+    assert (feature.present, refusal in feature.detail) == (False, True)
+    assert "seccomp" in feature.remedy
+    needed = SYSTEM_CALLS[name][1] or (name, refusal) == ("clone3", "EPERM")
+    assert [missing.name for missing in found.missing()] == ([name] if needed else [])
+    assert all(named(found, other).present for other in SYSTEM_CALLS if other != name)
+
+
+def test_without_the_capability_eperm_is_the_kernels_own_answer(host: Host) -> None:
+    without_capability(host[0])
+    found = read_host(*host, euid=1000, calls={"fsopen": -errno.EPERM, "openat2": -errno.ENOSYS})
+    assert named(found, "fsopen").present
+    assert not named(found, "openat2").present
 
 
 def test_the_kernel_that_is_just_new_enough_is_enough(host: Host) -> None:
@@ -173,4 +228,6 @@ def test_the_overlay_module_is_asked_for_only_where_it_is_not_loaded(
 
 @pytest.mark.privileged
 def test_this_host_can_run_jobs() -> None:
-    read_host().require()
+    calls = system_calls()
+    assert set(SYSTEM_CALLS) < set(calls)
+    read_host(calls=calls).require()

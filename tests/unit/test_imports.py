@@ -22,7 +22,8 @@ KNOWS: dict[str, set[str]] = {
     "host": {"errors", "units", "rootless"},
     "plan": {"errors", "units", "jobs", "host"},
     "process": {"errors", "units", "plan", "_core"},
-    **dict.fromkeys(["cgroups", "images", "rootfs", "network", "security", "metrics", "record"], VALUES),
+    **dict.fromkeys(["cgroups", "images", "rootfs", "network", "metrics", "record"], VALUES),
+    "security": VALUES | {"host"},
 }
 ONLY_IN = {"diyc._core": {"process"}, "prometheus_client": {"metrics"}, "pyroute2": {"network"}}
 FILES = [path for path in MODULES if path.name not in ("__init__.py", "__main__.py")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,8 @@ from diyc.jobs import JobSpec, Limits, Mount
 from diyc.plan import (
     ATTR_RDONLY,
     CLONE_NEWCGROUP,
+    LABEL_FD,
+    O_WRONLY,
     RESOLVE_NO_MAGICLINKS,
     RESOLVE_NO_SYMLINKS,
     STEP_DOCS,
@@ -67,6 +70,50 @@ def where(plan: Plan, kind: str, **fields: object) -> list[int]:
 def only(plan: Plan, kind: str, **fields: object) -> Step:
     (index,) = where(plan, kind, **fields)
     return plan.steps[index]
+
+
+LABELLED = {
+    "apparmor": (replace(PLAIN, apparmor="job one"), "/proc/thread-self/attr/apparmor/exec", b"exec job one"),
+    "selinux": (replace(PLAIN, selinux="u:r:t:s0"), "/proc/thread-self/attr/exec", b"u:r:t:s0"),
+}
+
+
+@pytest.mark.parametrize("module", LABELLED)
+def test_a_label_is_written_last_of_all_to_a_file_opened_first(module: str) -> None:
+    spec, path, text = LABELLED[module]
+    plan, plain = build_plan(spec, Box("test")), build_plan(PLAIN, Box("test"))
+    opened, written = only(plan, "open_file", source=path), only(plan, "exec_label")
+    assert (opened.flags, written.data) == (O_WRONLY, text)
+    (open_at,), (write_at,) = where(plan, "open_file", source=path), where(plan, "exec_label")
+    assert open_at < where(plan, "pivot_root")[0]
+    assert all(step.kind in ("signals", "mark", "exec") for step in plan.steps[write_at + 1 :])
+    kept = only(plan, "dup", flags=LABEL_FD)
+    assert (kept.fd, kept.data) == ("label", b"cloexec")
+    assert only(plan, "close_from").flags == LABEL_FD + 1
+    assert written.fd == "label_kept"
+    assert "label_kept" in plan.given
+    # nothing else differs from the plan of a job without
+    rest = [step for step in plan.steps if step not in (opened, kept, written) and step.kind != "close_from"]
+    assert rest == [step for step in plain.steps if step.kind != "close_from"]
+
+
+def test_without_a_label_no_file_of_the_security_modules_is_opened(plan: Plan) -> None:
+    assert [step.source for step in plan.steps if step.kind == "open_file"] == ["/proc/self/stat"]
+    assert where(plan, "exec_label") == []
+    assert "label_kept" not in plan.given
+
+
+def test_every_file_system_made_for_a_job_gets_its_label_for_files() -> None:
+    label = "system_u:object_r:job_file_t:s0:c1,c2"
+    for by_spawner in (False, True):
+        box = replace(RICH_BOX, overlay_by_spawner=by_spawner)
+        labelled = build_plan(replace(RICH, selinux_mount=label), box)
+        plain = build_plan(RICH, box)
+        for step, before in zip(labelled.steps, plain.steps, strict=True):
+            made = step.kind == "mount" and step.type is not None
+            data = (before.data or b"") + f',context="{label}"'.encode() if made else before.data
+            assert step == replace(before, data=data)
+    assert {step.type for step in labelled.steps if b"context=" in (step.data or b"")} == {"tmpfs", "overlay", "devpts"}
 
 
 @pytest.fixture(params=PLANS)
