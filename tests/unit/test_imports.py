@@ -19,6 +19,7 @@ KNOWS: dict[str, set[str]] = {
     "results": {"errors", "units", "jobs"},
     "config": VALUES,
     "host": {"errors", "units"},
+    "notify": {"errors"},
     "plan": {"errors", "units", "jobs", "host"},
     "process": {"errors", "units", "plan", "_core"},
     **dict.fromkeys(["cgroups", "images", "rootfs", "network", "security", "metrics", "record"], VALUES),
