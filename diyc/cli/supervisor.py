@@ -248,8 +248,8 @@ class _Session:
     async def _exchange(self, work: Work) -> list[str]:
         import asyncio
 
-        if not os.path.isfile(self._options.config):
-            raise DiycError(f"{self._options.config} is not a file that can be read again")
+        if os.path.exists(self._options.config) and not os.path.isfile(self._options.config):
+            raise DiycError(f"{self._options.config} is not a file that can be read again")  # a pipe, as /dev/stdin
         new = await asyncio.get_running_loop().run_in_executor(None, _load, self._options)
         lines = await work.exchange(new)
         self._tell_memory_bound(work.settings)

@@ -217,7 +217,7 @@ BROKEN = {
         ["no.tar"],
     ),
     "a limit that is too much": (f"[jobs.one]\ncommand = ['true']\nlimits = {{ nofile = {2**31} }}\n", ["nofile"]),
-    "no file": (None, ["cannot be read again"]),
+    "no file": (None, ["cannot read the configuration: No such file"]),
 }
 
 
