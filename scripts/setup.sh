@@ -1,8 +1,9 @@
 #!/bin/sh
 # Gets a source tree ready: Debian packages that are missing, .venv, the Python dependencies, the C extension.
 #
-#   scripts/setup.sh demo|test
+#   scripts/setup.sh demo|test|vm|guest
 #
+# vm installs only what the virtual machine bench needs; guest is called inside it, where the packages are there.
 # Each part looks first whether its work is done already, so a second call takes a moment and needs no network.
 # PYTHON=/path/to/python3.x chooses the interpreter.
 set -eu
@@ -12,6 +13,7 @@ VENV=.venv
 BUILD="gcc libc6-dev"
 DEMO="$BUILD busybox-static"
 TEST="$DEMO bubblewrap clang-format crun gcc-aarch64-linux-gnu libc6-dev-arm64-cross strace"
+VM="apt busybox-static e2fsprogs git kmod mmdebstrap qemu-system-x86 util-linux xz-utils"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
@@ -123,7 +125,9 @@ extension() {
 case "${1:-}" in
     demo) wanted=$DEMO; extras= ;;
     test) wanted=$TEST; extras=test,dev ;;
-    *) fail "usage: scripts/setup.sh demo|test" ;;
+    guest) wanted=; extras=test ;;
+    vm) packages "$VM"; exit ;;
+    *) fail "usage: scripts/setup.sh demo|test|vm|guest" ;;
 esac
 if python=$(find_python); then
     packages "$wanted"
@@ -135,4 +139,6 @@ else
 fi
 virtual_environment "$python"
 dependencies "$extras"
+# In the bench `make demo` finds all that it needs too: there is no network.
+[ "$1" != guest ] || touch $VENV/installed-demo
 extension
