@@ -212,15 +212,15 @@ class Supervisor:
 
     # -- submission --------------------------------------------------------------------------------
 
-    async def prepare(self, spec: JobSpec) -> Prepared:
-        """Get a job's image ready and check that this host can run it.
+    async def prepare(self, spec: JobSpec, *, max_memory: int | None = None) -> Prepared:
+        """Get a job's image ready and check that this host can run it, within `max_memory` if not the one in force.
 
         Raises ImageError; HostError naming each limit that cannot be enforced (a warning where best-effort)."""
         if self._state.draining:
             raise _stopped()
         prepared = self._prepared.get(spec)
         if prepared is None:
-            self._check_limits(spec)
+            self._check_limits(spec, self.config.max_memory if max_memory is None else max_memory)
             self.warnings += check_labels(spec)
             try:
                 tree = await self._loop.run_in_executor(None, self._images.ensure, spec.image)
@@ -260,10 +260,10 @@ class Supervisor:
             raise HostError("idmapped mounts", _no_idmap(source, "a writable mount"))
         return Bind(source, mount.target, mount.read_only, os.path.isdir(source), idmapped)
 
-    def _check_limits(self, spec: JobSpec) -> None:
+    def _check_limits(self, spec: JobSpec, max_memory: int) -> None:
         problems = self.cgroups.unsupported(spec.limits)
         problems += _above_own_limits(spec.limits)
-        if (spec.limits.memory or 0) > self.config.max_memory:
+        if (spec.limits.memory or 0) > max_memory:
             raise DiycError(
                 f"job {spec.name}: limits.memory is above the supervisor's max_memory: it could never start"
             )
@@ -302,6 +302,19 @@ class Supervisor:
         for execution, owner in list(self._state.running.values()):
             if owner is batch:
                 execution.stop("cancelled")
+        self._admit_soon()
+
+    def drop(self, batch: Batch) -> int:
+        """Start none of the batch's runs any more, and let those that run go on. Returns how many were dropped."""
+        left, batch.cancelled = batch.left, True
+        self._state.queued -= left
+        self._admit_soon()
+        return left
+
+    def reconfigure(self, **settings: Any) -> None:
+        """Change max_parallel, max_memory or shutdown_grace from now on. Runs that go on are left alone, also where
+        they are more than would be started now."""
+        self.config = replace(self.config, **settings)
         self._admit_soon()
 
     async def run(self, spec: JobSpec) -> Result:

@@ -16,6 +16,7 @@ import click
 from diyc import __version__
 from diyc.cli import common
 from diyc.errors import ConfigError, DiycError, Problem
+from diyc.notify import Notifier
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from diyc.cli.progress import Progress
     from diyc.cli.relay import Relay
+    from diyc.cli.reload import Work
+    from diyc.cli.service import Service
     from diyc.cli.summary import Tally
     from diyc.config import Config
     from diyc.jobs import Run
@@ -39,6 +42,7 @@ class Options:
     config: str
     overrides: tuple[str, ...]
     only: tuple[str, ...]
+    serve: bool
     max_parallel: int | None
     metrics_listen: str | None
     state_dir: str | None
@@ -55,6 +59,7 @@ class Options:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as jobs.NAME.timeout=5s.")
 @click.option("--check", is_flag=True, help="Read and validate the file, print the expansion, run nothing.")
 @click.option("--dry-run", is_flag=True, help="--check, and each run's resolved plan.")
+@click.option("--serve", is_flag=True, help="Stay when all runs have ended, for HUP. (No submissions yet.)")
 @click.option("--json", "as_json", is_flag=True, help="Stdout: one result object a line, then the summary.")
 @click.option("--joblog", metavar="FILE", help="Append the same lines to a file.")
 @click.option("--metrics-listen", metavar="ADDR", help="host:port or unix:/path for /metrics.")
@@ -70,6 +75,7 @@ def main(
     overrides: tuple[str, ...],
     check: bool,
     dry_run: bool,
+    serve: bool,
     as_json: bool,
     joblog: str | None,
     metrics_listen: str | None,
@@ -80,13 +86,28 @@ def main(
 ) -> None:
     """Run every job of FILE, each run in a container of its own, then exit.
 
+    Signals: TERM and INT stop what runs and exit, a second one kills; HUP reads FILE again: jobs that are new or
+    changed are run, those that are equal go on untouched, and a file with mistakes changes nothing.
+
     Exit status: 0 every run ok; 1 some run not ok; 2 command line or configuration; 3 this host cannot run the
     jobs; 4 internal error; 128+N stopped by signal N."""
     common.open_standard_streams()
     options = Options(
-        config, overrides, only, max_parallel, metrics_listen, state_dir, as_json, joblog, progress, verbose - quiet
+        config,
+        overrides,
+        only,
+        serve,
+        max_parallel,
+        metrics_listen,
+        state_dir,
+        as_json,
+        joblog,
+        progress,
+        verbose - quiet,
     )
+    notifier = Notifier()
     try:
+        notifier = Notifier.from_environment(os.environ)
         settings = _load(options)
         if check or dry_run:
             from diyc.cli.expansion import print_expansion
@@ -96,11 +117,12 @@ def main(
         else:
             common.enter_host()
             common.settle_process()
-            status = common.run_loop(lambda: _Session(settings, options).run())
+            status = common.run_loop(lambda: _Session(settings, options, notifier).run())
         sys.stdout.flush()
     except BrokenPipeError:
         common.reader_gone()
     except DiycError as error:
+        notifier.status(f"failed: {error}")
         common.fail(PROGRAM, error)
     raise SystemExit(status)
 
@@ -121,11 +143,14 @@ def _load(options: Options) -> Config:
 class _Session:
     """One command: the supervisor, its metrics, its progress and its output."""
 
-    def __init__(self, settings: Config, options: Options) -> None:
+    def __init__(self, settings: Config, options: Options, notifier: Notifier) -> None:
         from diyc.cli.summary import Tally
 
         self._settings = settings
         self._options = options
+        self._notifier = notifier
+        self._work: Work | None = None
+        self._reload_problem = ""
         self._tally: Tally = Tally()
         self._signal = 0
         self._error: Exception | None = None
@@ -139,14 +164,22 @@ class _Session:
         import asyncio
 
         from diyc.cli.progress import make_progress
+        from diyc.cli.reload import Reloads
+        from diyc.cli.service import Service
         from diyc.metrics import Metrics
         from diyc.supervisor import Supervisor
 
         options = self._options
         total = sum(spec.count for spec in self._settings.jobs)
+        self._ending = asyncio.Event()
+        self._reloads = Reloads(self._reload)
         self._open_outputs()
         self._metrics = Metrics()
         self._progress: Progress = make_progress(options.progress, sys.stderr, os.environ, options.verbosity, total)
+        self._notifier.on_failure = lambda reason: self._progress.message(f"warning: {reason}")
+        self._service: Service = Service(self._notifier, self._describe, asyncio.get_running_loop())
+        self._service.start()
+        self._closing.callback(self._service.close)
         with self._closing:
             async with AsyncExitStack() as stack:
                 supervisor = await stack.enter_async_context(
@@ -160,7 +193,7 @@ class _Session:
                 await self._run_jobs(supervisor)
             self._progress.close()
             if self._error is None:
-                self._finish(total)
+                self._finish(self._work.total if self._work else total)
                 await self._flush()
         if self._error is not None:
             raise self._error
@@ -168,13 +201,70 @@ class _Session:
 
     async def _run_jobs(self, supervisor: Supervisor) -> None:
         """Prepare all jobs first: what cannot work is said before anything runs."""
-        prepared = [await supervisor.prepare(spec) for spec in self._settings.jobs]
+        from diyc.cli.reload import Work
+
+        work = self._work = Work(supervisor, self._settings, self._ended)
+        try:
+            prepared = await work.prepare()
+            self._tell_warnings(supervisor)
+            self._tell_memory_bound(self._settings)
+            work.submit(prepared)
+        except DiycError:
+            if not self._ending.is_set():  # else it says no more than that it was stopped
+                raise
+        if not self._ending.is_set():
+            self._service.ready()
+        self._reloads.open()
+        await self._until_done(supervisor)
         self._tell_warnings(supervisor)
-        self._tell_memory_bound()
-        for job in prepared:
-            supervisor.submit(job, self._ended)
+
+    async def _until_done(self, supervisor: Supervisor) -> None:
+        """Return when nothing runs, no reload can bring more, and nobody wants us to stay."""
+        if self._options.serve:
+            await self._ending.wait()
         await supervisor.wait()
-        self._tell_warnings(supervisor)
+        while not self._reloads.idle.is_set():
+            await self._reloads.idle.wait()
+            await supervisor.wait()
+
+    async def _reload(self) -> None:
+        """Read the file again and put it into force, or say why not and go on as before."""
+        if self._ending.is_set() or self._work is None or self._supervisor is None:
+            return
+        self._service.reloading()
+        try:
+            lines = await self._exchange(self._work)
+            self._reload_problem = ""
+        except DiycError as error:
+            problems = str(error).splitlines()
+            lines = [*problems, f"not reloaded: {len(problems)} problems, told above; all goes on as before"]
+            self._reload_problem = f"; last reload failed: {problems[0]}"
+        self._tell_warnings(self._supervisor)
+        for line in lines:
+            self._progress.message(line)
+        if not self._ending.is_set():
+            self._service.ready()
+
+    async def _exchange(self, work: Work) -> list[str]:
+        import asyncio
+
+        if os.path.exists(self._options.config) and not os.path.isfile(self._options.config):
+            raise DiycError(f"{self._options.config} is not a file that can be read again")  # a pipe, as /dev/stdin
+        new = await asyncio.get_running_loop().run_in_executor(None, _load, self._options)
+        lines = await work.exchange(new)
+        self._tell_memory_bound(work.settings)
+        self._progress.total = work.total - work.dropped
+        self._progress.queued = self._supervisor.queued if self._supervisor else 0
+        return lines
+
+    def _describe(self) -> str:
+        """The status line of the service."""
+        from diyc.results import Verdict
+
+        ok = self._tally.verdicts[Verdict.OK]
+        running, queued = (self._supervisor.running, self._supervisor.queued) if self._supervisor else (0, 0)
+        counts = f"{running} running, {queued} queued, {ok} ok, {self._tally.runs - ok} not ok"
+        return counts + self._reload_problem
 
     def _started(self, run: Run) -> None:
         if self._supervisor is not None:
@@ -239,12 +329,12 @@ class _Session:
         self._metrics.leaked("cgroup", sum(left.cgroups for left in supervisor.leftovers))
         self._metrics.leaked("directory", sum(left.paths for left in supervisor.leftovers))
 
-    def _tell_memory_bound(self) -> None:
+    def _tell_memory_bound(self, settings: Config) -> None:
         """Say so where memory, not max_parallel, decides how many run at once: else it looks like a slow machine."""
         from diyc.units import format_size
 
-        config = self._settings.supervisor
-        for spec in self._settings.jobs:
+        config = settings.supervisor
+        for spec in settings.jobs:
             wanted = min(config.max_parallel, spec.max_parallel or config.max_parallel, spec.count)
             fitting = config.max_memory // spec.limits.memory if spec.limits.memory else wanted
             if fitting < wanted:
@@ -277,6 +367,7 @@ class _Session:
     def _give_up(self, error: Exception) -> None:
         """Something that cannot be mended while running: stop, and leave with this error."""
         self._error = self._error or error
+        self._ending.set()
         if self._supervisor is not None:
             self._supervisor.drain()
             self._supervisor.kill()
@@ -310,9 +401,11 @@ class _Session:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, supervisor, number)
             self._closing.callback(loop.remove_signal_handler, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reloads.request)
+        self._closing.callback(loop.remove_signal_handler, signal.SIGHUP)
 
     def _stop(self, supervisor: Supervisor, number: int) -> None:
         """The first signal drains, the second kills."""
@@ -321,6 +414,8 @@ class _Session:
             supervisor.kill()
             return
         self._signal = number
+        self._ending.set()
+        self._service.stopping(supervisor.config.shutdown_grace)
         name = signal.Signals(number).name
         self._progress.message(f"{name}: stopping {supervisor.running} running jobs; once more kills them")
         supervisor.drain()

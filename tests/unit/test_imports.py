@@ -20,6 +20,7 @@ KNOWS: dict[str, set[str]] = {
     "rootless": {"errors"},
     "config": VALUES | {"rootless"},
     "host": {"errors", "units", "rootless"},
+    "notify": {"errors"},
     "plan": {"errors", "units", "jobs", "host"},
     "process": {"errors", "units", "plan", "_core"},
     **dict.fromkeys(["cgroups", "images", "rootfs", "network", "metrics", "record"], VALUES),
