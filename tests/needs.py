@@ -41,6 +41,7 @@ CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "hugetlb")
 PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "strace")
 FEATURES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
+    "systemd": (lambda: Path("/run/systemd/system").is_dir(), "needs systemd as PID 1"),
     "overlay": (partial(filesystem, "overlay"), "needs the overlay filesystem"),
     "user_namespaces": (user_namespaces, "needs user namespaces (sysctl user.max_user_namespaces)"),
     **{f"cgroup.{name}": (partial(controller, name), f"needs the cgroup controller {name}") for name in CONTROLLERS},
