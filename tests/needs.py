@@ -48,6 +48,7 @@ CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "hugetlb")
 PROGRAMS = ("bwrap", "busybox", "crun", "gcc", "newuidmap", "secilc", "strace", "unshare")
 FEATURES: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
+    "systemd": (lambda: Path("/run/systemd/system").is_dir(), "needs systemd as PID 1"),
     "overlay": (partial(filesystem, "overlay"), "needs the overlay filesystem"),
     "overlay.rootless": (tmpfs_keeps_user_attributes, "needs Linux 6.6 (user.* attributes on a tmpfs)"),
     "user_namespaces": (user_namespaces, "needs user namespaces (sysctl user.max_user_namespaces)"),
