@@ -277,15 +277,6 @@ def open_place() -> Iterator[Place]:
         yield place
 
 
-def test_an_ordinary_user_gets_3_and_is_told_that_root_is_missing(open_place: Place) -> None:
-    open_place.write(QUICK)
-    done = open_place.supervise(user=NOBODY, group=NOBODY, extra_groups=[], cwd="/")
-    assert (done.status, done.stdout) == (3, "")
-    assert done.stderr == (
-        f"diyc-supervisor: root: running as uid {NOBODY}; start it with sudo; running without root is not built yet\n"
-    )
-
-
 def test_an_ordinary_user_may_check_a_file(open_place: Place) -> None:
     open_place.write(QUICK)
     assert open_place.supervise("--check", user=NOBODY, group=NOBODY, extra_groups=[], cwd="/").status == 0

@@ -9,11 +9,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -21,12 +18,11 @@ import pytest
 import diyc
 from needs import require
 from sources import ROOT
-from system.commands import DIYC, Done, Place, finish, killed_at_the_end, wait_until
+from system.commands import DIYC, Place, finish, killed_at_the_end, wait_until
 
 pytestmark = pytest.mark.privileged
 
 MIB = 1024**2
-NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
 
 
 @pytest.fixture
@@ -69,25 +65,6 @@ def test_exit_status(case: str, place: Place) -> None:
     assert "Traceback" not in done.stderr
     if not message:
         assert done.stderr == ""
-
-
-def test_an_ordinary_user_is_told_that_root_is_missing() -> None:
-    with tempfile.TemporaryDirectory(prefix="diyc-open-") as directory:
-        os.chmod(directory, 0o755)
-        done = may_skip(Place(Path(directory)), "run", "host", "true")
-    assert done.status == 125
-    assert "root: running as uid 65534" in done.stderr
-
-
-def may_skip(place: Place, *arguments: str) -> Done:
-    """diyc as nobody; skips where nobody may not even run this Python."""
-    try:
-        version = place.diyc("--version", **NOBODY)
-    except PermissionError:
-        version = Done(1, "", "")
-    if version.status != 0:
-        pytest.skip("an ordinary user cannot run this interpreter")
-    return place.diyc(*arguments, **NOBODY)
 
 
 # -- diyc run: streams -----------------------------------------------------------------------------------------------
@@ -393,22 +370,6 @@ def test_doctor_for_programs(place: Place) -> None:
     assert {"root", "kernel", "overlay", "cgroup namespace", "net namespace"} <= set(features)
     assert all(feature["present"] for feature in found["features"] if feature["needed"])
     assert found["cgroups"]
-
-
-@pytest.fixture
-def open_place() -> Iterator[Place]:
-    with tempfile.TemporaryDirectory(prefix="diyc-open-") as directory:
-        os.chmod(directory, 0o755)
-        yield Place(Path(directory))
-
-
-def test_doctor_tells_an_ordinary_user_what_is_missing(open_place: Place) -> None:
-    done = may_skip(open_place, "doctor")
-    assert done.status == 3
-    assert re.search(r"^NO +root +running as uid 65534", done.stdout, re.MULTILINE)
-    assert "Traceback" not in done.stderr
-    (found,) = may_skip(open_place, "doctor", "--json").lines
-    assert found["able"] is False
 
 
 def test_schema_is_a_json_schema_that_takes_the_example_and_refuses_nonsense(place: Place) -> None:

@@ -96,14 +96,6 @@ def test_cleanup_removes_what_a_killed_supervisor_left(place: Place, mark: str) 
     assert [path.name for path in (place.root / "run").iterdir() if path.is_dir()] == ["instances"]
 
 
-def test_cleanup_needs_root_and_says_so(place: Place) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir("/")
-        done = place.diyc("cleanup", user=65534, group=65534, extra_groups=[])
-    assert (done.status, done.stdout) == (3, "")
-    assert "root: running as uid 65534" in done.stderr
-
-
 def test_a_killed_supervisors_processes_in_other_cgroups_die_too(place: Place, mark: str) -> None:
     """With every defence of the PID namespace in place the kernel does it; nothing depends on the next start."""
     place.write(stubborn(mark, 3))

@@ -248,6 +248,11 @@ def test_nothing_is_left_behind(user: User) -> None:
     assert left == []
 
 
+def test_cleanup_is_for_the_users_own(user: User) -> None:
+    done = user.diyc("cleanup", "--runtime-dir", f"{user.root}/run")
+    assert (done.status, done.stdout) == (0, "nothing was left behind\n"), done.stderr
+
+
 def test_unshare_shows_what_jobs_see(user: User) -> None:
     done = finish(user.spawn(DIYC, "unshare", "id", "-u"))
     assert (done.stdout, done.status) == ("0\n", 0), done.stderr
