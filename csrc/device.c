@@ -25,7 +25,8 @@ static long program_load(const void *instructions, size_t size) {
     return bpf_call(BPF_PROG_LOAD, &load);
 }
 
-/* BPF_F_ALLOW_MULTI: programs of the directories above are asked too, and each of them may refuse (bpf(2)). */
+/* BPF_F_ALLOW_MULTI: directories below may have programs of their own, as those of a supervisor inside a job. All the
+ * programs on the way up are asked, and each may refuse (bpf(2)). */
 int device_program_attach(const void *instructions, size_t size, int cgroup, const char **what) {
     *what = "load a BPF program for devices";
     long program = program_load(instructions, size);

@@ -15,6 +15,7 @@ import pytest
 
 from diyc import process
 from diyc.cgroups import CgroupHost, Cgroups, RunCgroup, detect, open_cgroups, remove_leftovers
+from diyc.cgroups.devices import v2_program
 from diyc.errors import HostError
 from diyc.jobs import Limits
 from system.helpers import PATIENCE, Jobs, on_uvloop, start
@@ -116,6 +117,17 @@ def test_root_in_a_runs_cgroup_reaches_the_usual_devices_only(layout: str, nodes
         with run_of(cgroups) as run:
             assert seen(nodes, join_files(run)) == THE_USUAL
         assert seen(nodes, []) == EVERYTHING  # outside of it nothing has changed
+
+
+def test_a_supervisor_inside_a_run_can_have_a_policy_too(nodes: Path) -> None:
+    with opened(detect()) as cgroups:
+        if cgroups.layout == "v1":
+            pytest.skip("needs a cgroup v2 mount")
+        cgroups.limit_devices(process.limit_devices)
+        with run_of(cgroups) as run:
+            assert run.into_fd is not None
+            process.limit_devices(v2_program(), run.into_fd)
+            assert seen(nodes, join_files(run)) == THE_USUAL
 
 
 def test_a_supervisors_runs_have_the_policy(jobs: Jobs, nodes: Path) -> None:
