@@ -12,6 +12,7 @@ import pytest
 import uvloop
 from hypothesis import settings
 
+import features
 from leakcheck import Snapshot, settled_leaks, snapshot
 from needs import require
 
@@ -22,6 +23,11 @@ settings.register_profile("diyc", deadline=None)
 settings.load_profile("diyc")
 
 FACTORIES = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if plugin := features.plugin():
+        config.pluginmanager.register(plugin)
 
 
 def pytest_sessionstart() -> None:

@@ -86,8 +86,26 @@ def own_cgroups(me: Path) -> list[Path]:
         paths = [own[key] for key in keys if key in own]
         if paths:
             inside = os.path.relpath(paths[0], root) if paths[0].startswith(root) else "."
-            found.append(Path(os.path.normpath(os.path.join(point, inside))))
+            found.append(delegated(Path(point), Path(os.path.normpath(os.path.join(point, inside)))))
     return found
+
+
+def delegated(mount: Path, own: Path) -> Path:
+    """Where diyc makes its cgroups if we are in `own`: the nearest directory that systemd marked as delegated, else
+    `own` itself, which a supervisor in this process leaves for a leaf (diyc/cgroups/delegation.py)."""
+    own = own.parent if own.name == "diyc-supervisor" else own
+    for place in [own, *own.parents]:
+        if place.is_relative_to(mount) and (marked(place, "user.delegate") or marked(place, "trusted.delegate")):
+            return place
+    return own
+
+
+def marked(directory: Path, name: str) -> bool:
+    """An extended attribute says yes. Without privilege those called trusted are not to be seen (xattr(7))."""
+    try:
+        return os.getxattr(directory, name) == b"1"
+    except OSError:
+        return False
 
 
 def ours(proc: Path) -> Iterator[Path]:
