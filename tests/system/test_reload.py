@@ -146,6 +146,21 @@ def test_readiness_comes_after_the_metrics_endpoint(place: Place, manager: Manag
         stop(supervisor)
 
 
+def test_images_that_take_long_get_more_time_before_readiness(place: Place, manager: Manager) -> None:
+    (place.root / "state/images").mkdir(parents=True, mode=0o700)
+    (place.root / "state").chmod(0o700)
+    with slow_image(place) as slow:
+        place.write(slow)
+        supervisor = place.start("--json")
+        wait_until(lambda: manager.count("EXTEND_TIMEOUT_USEC") >= 2, "more time")
+        assert manager.status == "getting 1 jobs ready"
+        assert manager.count("READY") == 0
+    with killed_at_the_end(supervisor):
+        done = finish(supervisor)
+    assert manager.count("READY") == 1
+    assert done.status == 0
+
+
 def test_a_hung_loop_answers_no_watchdog(place: Place, manager: Manager) -> None:
     place.environment["WATCHDOG_USEC"] = "200000"
     place.write(gated(place, "long"))
