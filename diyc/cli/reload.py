@@ -72,6 +72,11 @@ class Work:
         for job in prepared:
             self._batches[job.spec.name] = self._supervisor.submit(job, self._on_result)
 
+    @property
+    def begun(self) -> bool:
+        """Whether the first jobs were submitted."""
+        return bool(self._batches)
+
     async def exchange(self, new: Config) -> list[str]:
         """Put `new` into force; what was done, in lines for people. Raises DiycError with nothing changed."""
         changes = compare(self.settings, new)

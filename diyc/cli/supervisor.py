@@ -261,6 +261,8 @@ class _Session:
         """The status line of the service."""
         from diyc.results import Verdict
 
+        if self._work is None or not self._work.begun:
+            return f"getting {len(self._settings.jobs)} jobs ready"
         ok = self._tally.verdicts[Verdict.OK]
         running, queued = (self._supervisor.running, self._supervisor.queued) if self._supervisor else (0, 0)
         counts = f"{running} running, {queued} queued, {ok} ok, {self._tally.runs - ok} not ok"

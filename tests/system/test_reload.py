@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from needs import require
 from system.commands import SUPERVISOR, Done, Place, finish, killed_at_the_end, metrics_address, scrape, wait_until
 
 pytestmark = pytest.mark.privileged
@@ -139,6 +144,21 @@ def test_readiness_comes_after_the_metrics_endpoint(place: Place, manager: Manag
         address = metrics_address(iter((place.root / "err").read_text().splitlines()))
         assert "diyc_jobs_running" in scrape(address)
         stop(supervisor)
+
+
+def test_images_that_take_long_get_more_time_before_readiness(place: Place, manager: Manager) -> None:
+    (place.root / "state/images").mkdir(parents=True, mode=0o700)
+    (place.root / "state").chmod(0o700)
+    with slow_image(place) as slow:
+        place.write(slow)
+        supervisor = place.start("--json")
+        wait_until(lambda: manager.count("EXTEND_TIMEOUT_USEC") >= 2, "more time")
+        assert manager.status == "getting 1 jobs ready"
+        assert manager.count("READY") == 0
+    with killed_at_the_end(supervisor):
+        done = finish(supervisor)
+    assert manager.count("READY") == 1
+    assert done.status == 0
 
 
 def test_a_hung_loop_answers_no_watchdog(place: Place, manager: Manager) -> None:
@@ -304,17 +324,54 @@ def test_many_hups_at_once_end_with_the_last_file(place: Place, manager: Manager
     assert all(verdict == "ok" for _, verdict, _ in said(done))
 
 
-def test_without_serve_a_reload_at_the_end_is_still_done(place: Place, manager: Manager) -> None:
+@contextmanager
+def slow_image(place: Place) -> Iterator[str]:
+    """The tables of a job `slow` whose image is not unpacked before the context ends: somebody else unpacks one."""
+    require("program.busybox")
+    with tarfile.open(place.root / "box.tar", "w") as archive:
+        archive.add(str(shutil.which("busybox")), "bin/busybox")
+    image = '[images.box]\ntar = "box.tar"\n'
+    job = f'[jobs.slow]\nimage = "box"\ncommand = ["/bin/busybox", "echo", "slow"]\ncount = 5\n{SMALL}'
+    with (place.root / "state/images/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield image + job
+
+
+def test_without_serve_a_reload_that_outlasts_the_last_run_is_still_done(place: Place, manager: Manager) -> None:
     place.write(gated(place, "last"))
     with killed_at_the_end(place.start("--json")) as supervisor:
         manager.wait_status("1 running")
-        place.write(gated(place, "last") + quick("more", count="5"))
-        hup(supervisor, manager)
-        open_gate(place, "last")
+        with slow_image(place) as slow:
+            place.write(gated(place, "last") + slow)
+            supervisor.send_signal(signal.SIGHUP)
+            manager.wait("RELOADING")
+            open_gate(place, "last")
+            manager.wait_status("0 running, 0 queued, 1 ok")
         done = finish(supervisor)
     assert done.status == 0
     assert done.summary["verdicts"]["ok"] == 6
     assert done.summary["not_started"] == 0
+
+
+def test_hups_during_a_reload_are_one_reload_after_it(place: Place, manager: Manager) -> None:
+    place.write(quick("first"))
+    with killed_at_the_end(place.start("--serve", "--json")) as supervisor:
+        manager.wait_status("1 ok")
+        with slow_image(place) as slow:
+            place.write(quick("first") + slow)
+            supervisor.send_signal(signal.SIGHUP)
+            manager.wait("RELOADING")
+            time.sleep(0.5)  # it has read the file by then
+            place.write(quick("first") + quick("third"))
+            for _ in range(2):
+                supervisor.send_signal(signal.SIGHUP)
+                time.sleep(0.1)
+            assert manager.count("READY") == 1
+        manager.wait("READY", 3)
+        manager.wait_status("0 running, 0 queued")
+        assert manager.count("RELOADING") == 2
+        done = stop(supervisor)
+    assert {job for job, _, _ in said(done)} >= {"first", "third"}
 
 
 def test_what_cannot_be_read_twice_is_refused(place: Place, manager: Manager) -> None:

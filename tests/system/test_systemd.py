@@ -101,7 +101,7 @@ class Service:
         """Whatever of the service is still there."""
         found = [str(path) for path in Path("/sys/fs/cgroup").rglob(f"*{UNIT}")]
         found += [str(path) for path in RUNTIME.rglob("*")]
-        found += [str(path) for path in STATE.rglob("host-root-*")]
+        found += [str(path) for path in STATE.rglob("host-root-*") if path.is_dir()]
         found += [line for line in Path("/proc/1/mountinfo").read_text().splitlines() if RUNTIME.name in line]
         return found + [f"process {pid}" for pid in marked(self.mark)]
 

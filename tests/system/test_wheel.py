@@ -91,6 +91,7 @@ def test_source_archive_holds_what_git_does(built: Path) -> None:
         "Makefile",
         "csrc/child.c",
         "csrc/plan.h",
+        "packaging/diyc-supervisor.service",
         "scripts/setup.sh",
         "tests/conftest.py",
         ".ci/run",
